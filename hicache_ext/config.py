@@ -1,0 +1,156 @@
+"""The one configuration schema, for every engine: from a dict, or a JSON, YAML or TOML file.
+
+Belongs here: keys, their meaning, and errors that name the key and the fix. Does not belong here: a backend's own
+options (each backend has its `Options`), or what an engine does with the result.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage_backends.base import Backend, BackendOptions, OptionError
+from storage_backends.registry import backend_class
+
+#: SGLang reads these from the same dictionary (some it removes, some it leaves). Accepted at top level, never ours.
+SGLANG_KEYS = frozenset(
+    {
+        "prefetch_threshold",
+        "prefetch_timeout_base",
+        "prefetch_timeout_per_ki_token",
+        "prefetch_timeout_max",
+        "hicache_storage_pass_prefix_keys",
+        "tp_lcm_size",
+        "backend_name",
+        "module_path",
+        "class_name",
+        "interface_v1",
+        "allocator",
+    }
+)
+
+
+class ConfigError(ValueError):
+    """A user's mistake. `str()` is everything that needs to be said: one line per problem, with the fix."""
+
+
+class ModelConfig(BaseModel):
+    """Identity of the model, for engines or set-ups that cannot say it themselves. Empty: ask the engine.
+
+    path: local folder of the model (config and weight files are fingerprinted).
+    revision: name of the weights' version; replaces the fingerprint of the files (needed to share between hosts
+    whose copies differ in time stamps).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = ""
+    revision: str = ""
+
+
+class TierConfig(BaseModel):
+    """One tier: its backend's name (`type`), a name of its own for logs and metrics, and the backend's options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str
+    name: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that are the backend's."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def label(self) -> str:
+        return self.name or self.type
+
+
+class Config(BaseModel):
+    """The whole configuration. tiers: fast to slow."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tiers: tuple[TierConfig, ...] = Field(min_length=1)
+    model: ModelConfig = ModelConfig()
+    salt: str = ""
+    """Keeps this server's pages apart from others' with another salt."""
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any]) -> Config:
+        """From a mapping, or the path of a .json, .yaml, .yml or .toml file. Raises ConfigError."""
+        values = source if isinstance(source, Mapping) else _read(Path(source))
+        ours = {key: value for key, value in values.items() if key not in SGLANG_KEYS}
+        try:
+            config = cls.model_validate(ours)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, cls, ours)) from error
+        for i in range(len(config.tiers)):
+            config.backend(i)
+        labels = [tier.label for tier in config.tiers]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ConfigError(f"tiers: two are called {label!r}. Fix: give each a `name` of its own")
+        return config
+
+    def backend(self, tier: int) -> tuple[type[Backend], BackendOptions]:
+        """The backend class and validated options of tier number `tier`. Raises ConfigError."""
+        chosen = self.tiers[tier]
+        where = f"tiers[{tier}]"
+        try:
+            found = backend_class(chosen.type)
+            options = found.Options.model_validate(chosen.options)
+            found.check(options)
+        except OptionError as error:
+            raise ConfigError(f"{where}.{error}") from error
+        except ValidationError as error:
+            raise ConfigError(_explain(error, found.Options, chosen.options, where + ".")) from error
+        return found, options
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}. Fix: check the path and its permissions") from error
+    try:
+        match path.suffix.lower():
+            case ".json":
+                values = json.loads(text)
+            case ".yaml" | ".yml":
+                values = yaml.safe_load(text)
+            case ".toml":
+                values = tomllib.loads(text)
+            case other:
+                raise ConfigError(f"{path}: ending {other!r} is unknown. Fix: use .json, .yaml, .yml or .toml")
+    except (json.JSONDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid {path.suffix[1:]}: {error}. Fix: correct the syntax") from error
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: holds no keys. Fix: start with `tiers:` (see examples/config)")
+    return values
+
+
+def _explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> str:
+    """Each problem as `key = value: what is wrong. Fix: ...`."""
+    lines = []
+    for problem in error.errors():
+        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        known = ", ".join(sorted(model.model_fields)) if len(problem["loc"]) == 1 else ""
+        match problem["type"]:
+            case "extra_forbidden":
+                what, fix = "unknown key", "remove it" + (f", or use one of: {known}" if known else "")
+            case "missing":
+                what, fix = "missing", f"add `{key}:`"
+            case "byte_size" | "byte_size_unit":
+                what, fix = "not a size", 'write a number of bytes, "10GB" or "10GiB"'
+            case _:
+                what, fix = problem["msg"], "correct the value"
+        value = "" if problem["type"] == "missing" else f" = {problem['input']!r}"
+        lines.append(f"{prefix}{key}{value}: {what}. Fix: {fix}")
+    return "\n".join(lines)
