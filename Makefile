@@ -1,0 +1,89 @@
+# The development environment and everything that runs in it. Each target works in a fresh clone.
+#
+#   make demo       real SGLang on this CPU, restarted, served from the local tier
+#   make test       everything but GPU tests
+#
+# Variables: PYTHON (the interpreter of .venv), TORCH (what pip installs as torch; may carry pip options, such
+# as an index of CPU builds), ARGS (passed on to demo, test and bench).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+V := .venv
+BIN := $(CURDIR)/$(V)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --no-input
+CPU := patches/sglang-cpu
+SGLANG_VERSIONS := 0.5.17 0.5.23
+SGLANG_WHEELS := $(SGLANG_VERSIONS:%=build/sglang/%/.unpacked)
+
+# SGLang compiles its page hash with the ninja of this environment.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: venv demo test test-fast lint bench sglang-wheels clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@sed -n 's/^#   //p' Makefile; echo "also: venv test-fast lint bench sglang-wheels clean"
+
+# ---- environment: three steps, each redone only when what it installs has changed
+
+venv: $(V)/.stamp-project
+
+$(V)/.stamp-python:
+	"$(PYTHON)" -c 'import sys; assert sys.version_info >= (3, 11), sys.version'
+	"$(PYTHON)" -m venv $(V)
+	touch $@
+
+$(V)/.stamp-sglang: $(V)/.stamp-python $(wildcard $(CPU)/requirements/*.txt)
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q --no-deps -r $(CPU)/requirements/no-deps.txt
+	$(PIP) install -q -r $(CPU)/requirements/runtime.txt -c $(CPU)/requirements/constraints.txt
+	touch $@
+
+$(V)/.stamp-shim: $(V)/.stamp-sglang $(shell find $(CPU)/src $(CPU)/pyproject.toml -type f -not -path '*/__pycache__/*')
+	$(PIP) install -q --no-deps --force-reinstall ./$(CPU)
+	touch $@
+
+# Editable: a change in Python needs no reinstall, a change in csrc rebuilds here.
+$(V)/.stamp-project: $(V)/.stamp-shim pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+	$(PIP) install -q -e '.[dev,liburing]' -c $(CPU)/requirements/constraints.txt
+	$(BIN)/hicache-ext --version
+	touch $@
+
+# Other SGLang versions, unpacked and not installed: their controllers are driven in processes of their own.
+sglang-wheels: $(SGLANG_WHEELS)
+
+build/sglang/%/.unpacked: | $(V)/.stamp-python
+	mkdir -p build/wheels
+	rm -rf build/sglang/$*
+	$(PIP) download -q --no-deps --only-binary :all: -d build/wheels sglang==$*
+	$(BIN)/python -m zipfile -e build/wheels/sglang-$*-*.whl build/sglang/$*
+	touch $@
+
+# ---- what runs in it
+
+demo: venv
+	$(BIN)/hicache-ext demo $(ARGS)
+
+test: venv sglang-wheels
+	$(BIN)/python -m pytest -m "not gpu" --durations=15 $(ARGS)
+
+test-fast: venv
+	$(BIN)/python -m pytest -m "not gpu and not slow and not server and not sglang" -q $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/hicache-ext bench io $(ARGS)
+
+clean:
+	rm -rf $(V) build dist
