@@ -1,0 +1,19 @@
+"""The local tier: pages in preallocated files on disks of this machine. See format.py for what is on the disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from storage_backends.local.backend import LocalBackend, LocalOptions
+
+__all__ = ["LocalBackend", "LocalOptions"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: `storage_backends.local.checksum` is used by backends that have no disk.
+    if name in __all__:
+        from storage_backends.local import backend
+
+        return getattr(backend, name)
+    raise AttributeError(name)

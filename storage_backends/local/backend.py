@@ -1,0 +1,516 @@
+"""LocalBackend: the local tier as the cascade sees it. Lookup, read, write; one process's view of a shared directory.
+
+Belongs here: the order of steps of a read and of a write, and the lock around the index. Does not belong here: the
+format (format.py), files and folders (directory.py, writer.py), memory of a transfer (slots.py), I/O (engine.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import ByteSize, Field
+
+from hicache_ext.page import NO_PARENT, Namespace
+from storage_backends.base import (
+    CLOSE_SECONDS,
+    Backend,
+    BackendOptions,
+    Capabilities,
+    Completion,
+    Dispatcher,
+    KeyBatch,
+    OptionError,
+    Outcome,
+    PageBatch,
+    Residency,
+)
+from storage_backends.local import checksum
+from storage_backends.local.directory import Directory
+from storage_backends.local.engine import IoEngine, Transfer, open_engine
+from storage_backends.local.files import probe_direct
+from storage_backends.local.folder import Extent
+from storage_backends.local.format import BLOCK, FormatError, SlotHeader, SlotShape
+from storage_backends.local.index import Entry, Index
+from storage_backends.local.recovery import scan
+from storage_backends.local.slots import SlotIo, SlotMemory, Verdict
+
+logger = logging.getLogger(__name__)
+
+_MAINTENANCE_SECONDS = 0.2
+_SHARE_SECONDS = 2.0
+_GROUP_BYTES = 8 << 20
+_MIN_CAPACITY = 1 << 20
+
+
+class LocalOptions(BackendOptions):
+    """path: directory on the disk. capacity: bytes of disk for all processes that use the directory together.
+
+    engine: what moves the bytes ("auto": the best that works here).
+    """
+
+    path: Path
+    capacity: ByteSize = Field(ge=_MIN_CAPACITY)
+    engine: Literal["auto", "native", "liburing", "threads"] = "auto"
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One page's I/O. entry: the page being read; None for a write."""
+
+    batch: PageBatch
+    page: int
+    extent: Extent
+    slot: int
+    io: SlotIo
+    memory: SlotMemory
+    completion: Completion
+    entry: Entry | None = None
+    header: SlotHeader | None = None
+
+
+class LocalBackend(Backend):
+    """Slots in a directory of this machine, shared with other processes that open it. Thread-safe."""
+
+    Options = LocalOptions
+    options: LocalOptions
+
+    @classmethod
+    def check(cls, options: BackendOptions) -> None:
+        assert isinstance(options, LocalOptions)
+        place = options.path
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise OptionError("path", str(options.path), f"{place} is not a directory", "name a directory")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise OptionError(
+                "path", str(options.path), f"{place} is not writable for this user", "chown it, or name another"
+            )
+        disk = os.statvfs(place)
+        ours = sum(extent.stat().st_size for extent in options.path.glob("w*/e*.ext"))
+        room = disk.f_bavail * disk.f_frsize + ours
+        if options.capacity > room:
+            raise OptionError(
+                "capacity", options.capacity.human_readable(), f"the disk of {place} has {ByteSize(room).human_readable()}",
+                "lower it, or name a directory on a larger disk",
+            )  # fmt: skip
+
+    def __init__(self, options: LocalOptions, dispatcher: Dispatcher) -> None:
+        super().__init__(options, dispatcher)
+        self._index = Index()
+        self._lock = threading.RLock()
+        self._counts: Counter[str] = Counter()
+        self._said: set[str] = set()
+        self._ios: dict[SlotShape, SlotIo] = {}
+        self._closing = threading.Event()
+        self._gone = False
+        options.path.mkdir(parents=True, exist_ok=True)
+        self._direct = probe_direct(options.path)
+        try:
+            self._directory = Directory(options.path, options.capacity, self._direct, self._index)
+        except FormatError as error:  # a folder of a version that we do not know
+            raise OptionError(
+                "path", str(options.path), f"holds another format: {error}",
+                "use the program version that wrote it, or another directory, or delete this one",
+            ) from error  # fmt: skip
+        self.capabilities = Capabilities(
+            persistent=True, shared=True, alignment=self._direct.alignment, medium="DISK"
+        )
+        self._engine: IoEngine = open_engine(options.engine)
+        self._zeroes = SlotIo(SlotShape(BLOCK, 0, BLOCK, 0), BLOCK)
+        logger.info(
+            "local tier %s: %s, engine %s, %s, checksums by %s; %d pages known from the logs",
+            options.path, options.capacity.human_readable(), self._engine.name,
+            "O_DIRECT" if self._direct.works else f"buffered I/O ({self._direct.reason})",
+            checksum.implementation(), len(self._index),
+        )  # fmt: skip
+        self._threads = [threading.Thread(target=self._maintain, name="hicache-local", daemon=True)]
+        self._threads[0].start()
+
+    # -- lookup --------------------------------------------------------------------------------------------------
+
+    def lookup(self, batch: KeyBatch) -> np.ndarray:
+        with self._lock:
+            self._directory.refresh()
+            return self._lookup(batch)
+
+    def lookup_local(self, batch: KeyBatch) -> np.ndarray:
+        with self._lock:
+            return self._lookup(batch)
+
+    def _lookup(self, batch: KeyBatch) -> np.ndarray:
+        found = np.zeros(len(batch), np.uint8)
+        digest = batch.namespace.digest
+        present = []
+        for i in range(len(batch)):
+            entry = self._index.get(digest, batch.key(i))
+            if entry is not None:
+                found[i] = 1
+                present.append(entry.key)
+                self._index.link(entry, batch.parent(i) or NO_PARENT)
+        self._index.touch(digest, [*self._head(batch), *present])
+        return found
+
+    @staticmethod
+    def _head(batch: KeyBatch) -> list[bytes]:
+        """The parent of the batch's first page: its chain is in use even when none of the batch is here."""
+        parent = batch.parent(0) if len(batch) else None
+        return [] if parent is None else [parent]
+
+    # -- read ----------------------------------------------------------------------------------------------------
+
+    def read(self, batch: PageBatch) -> Completion:
+        completion = Completion(len(batch), self.dispatcher)
+        io = self._io(batch)
+        digest = batch.namespace.digest
+        todo: list[tuple[int, Entry, Extent]] = []
+        missing = []
+        with self._lock:
+            for page in range(len(batch)):
+                entry = self._index.get(digest, batch.key(page))
+                extent = None if entry is None else self._extent(entry)
+                if entry is None or extent is None:
+                    missing.append(page)
+                    if entry is not None:
+                        self._drop(entry, "lost")
+                    continue
+                entry.pins += 1
+                extent.pins += 1
+                todo.append((page, entry, extent))
+            self._index.touch(digest, [*self._head(batch), *(entry.key for _, entry, _ in todo)])
+        completion.settle_many(missing, [Outcome.MISS] * len(missing))
+        bounced = io.must_bounce(batch)
+        self._count_way(bounced, len(todo))
+        group: list[Transfer] = []
+        for page, entry, extent in todo:
+            memory = io.take(batch, page, bounced)
+            flight = _Flight(batch, page, extent, entry.slot, io, memory, completion, entry)
+            group.append(self._transfer(flight, write=False))
+            if len(group) * io.shape.slot_bytes >= _GROUP_BYTES:
+                self._engine.submit(group)
+                group = []
+        self._engine.submit(group)
+        return completion
+
+    def _extent(self, entry: Entry) -> Extent | None:
+        writer = self._directory.writer
+        if entry.own and writer is not None:
+            return writer.extents.get(entry.extent)
+        folder = self._directory.folders.get(entry.folder)
+        return None if folder is None else folder.extent(entry.extent)
+
+    def _read_done(self, flight: _Flight, moved: int) -> None:
+        entry = flight.entry
+        assert entry is not None
+        outcome, why = Outcome.FAILED, ""
+        if moved == -errno.ECANCELED:
+            outcome = Outcome.TIMEOUT
+        elif moved < 0:
+            why = "io_error"
+            self._say(f"read {errno.errorcode.get(-moved, -moved)}", "a read failed with %s", os.strerror(-moved))
+        else:
+            verdict, _ = flight.io.verify(flight.memory, flight.batch, flight.page, moved)
+            if verdict is Verdict.VALID:
+                outcome = Outcome.HIT
+            elif verdict is Verdict.OTHER_PAGE and not entry.own:
+                outcome, why = Outcome.MISS, "lost_race"  # its writer reused the slot: the end of every eviction
+            else:
+                outcome, why = Outcome.CORRUPT, "corrupt"
+                self._say("corrupt", "a page failed verification (%s) and is quarantined", verdict.value)
+        flight.io.give(flight.memory)
+        with self._lock:
+            if why == "io_error":
+                entry.failures += 1
+                self._counts["io_errors"] += 1
+                if entry.failures > 1:  # once may be the bus; twice is this page
+                    self._drop(entry, why)
+            elif why:
+                self._drop(entry, why)
+            if why == "corrupt" and entry.own:
+                self._erase(flight.extent, flight.slot)
+            self._unpin(entry, flight.extent)
+        flight.completion.settle(flight.page, outcome)
+
+    def _drop(self, entry: Entry, reason: str) -> None:
+        """Stop serving a page. Another writer's page is only forgotten here: its slot is not ours to free."""
+        if entry.own and self._directory.writer is not None:
+            self._directory.writer.forget([entry], reason)
+        elif self._index.remove(entry):
+            self._counts[reason] += 1
+
+    def _erase(self, extent: Extent, slot: int) -> None:
+        """Overwrite a slot's header, so that no later scan takes the page in again. The slot is pinned by the caller."""
+        header = self._zeroes._headers.take()
+        assert header is not None
+        try:
+            if not extent.doomed:
+                view = SlotMemory(header, False, np.empty(0), np.empty(0), np.empty(0), 0).header_view(self._zeroes.shape)
+                view[:] = bytes(BLOCK)
+                os.pwrite(extent.fd, view, extent.header.slot_offset(slot))
+        except OSError as error:
+            self._say("erase", "a quarantined slot could not be erased: %s", error)
+        finally:
+            self._zeroes._headers.give(header)
+
+    def _unpin(self, entry: Entry, extent: Extent) -> None:
+        entry.pins -= 1
+        extent.unpin()
+        writer = self._directory.writer
+        if not entry.pins and entry.own and writer is not None and not extent.doomed:
+            # Removed while it was being read: its slot could not be freed then.
+            if self._index.at(entry.folder, entry.extent, entry.slot) is not entry:
+                writer.give_back(extent, entry.slot)
+
+    # -- write ---------------------------------------------------------------------------------------------------
+
+    def write(self, batch: PageBatch) -> Completion:
+        completion = Completion(len(batch), self.dispatcher)
+        io = self._io(batch)
+        todo: list[tuple[int, Extent, int, int]] = []
+        known: list[tuple[int, Outcome]] = []
+        with self._lock:
+            self._lookup(batch)  # links parents, touches the chain
+            protected: frozenset[bytes] | None = None
+
+            def ancestors() -> frozenset[bytes]:
+                nonlocal protected
+                if protected is None:
+                    protected = frozenset(self._chain(batch))
+                return protected
+
+            for page in range(len(batch)):
+                if self._index.get(batch.namespace.digest, batch.key(page)) is not None:
+                    known.append((page, Outcome.HIT))
+                    continue
+                try:
+                    place = self._allocate(batch.namespace, io.shape, ancestors)
+                except OSError as error:
+                    self._say("allocate", "no room can be made: %s", error)
+                    self._counts["io_errors"] += 1
+                    known.append((page, Outcome.FAILED))
+                    continue
+                if place is None:
+                    self._counts["rejected_no_room"] += 1
+                    known.append((page, Outcome.REJECTED))
+                    continue
+                todo.append((page, *place))
+        completion.settle_many([page for page, _ in known], [outcome for _, outcome in known])
+        bounced = io.must_bounce(batch)
+        self._count_way(bounced, len(todo))
+        group: list[Transfer] = []
+        for page, extent, slot, generation in todo:
+            memory = io.take(batch, page, bounced)
+            header = self._header(batch, page, generation, io.fill(memory, batch, page))
+            header.encode_into(memory.header_view(io.shape))
+            flight = _Flight(batch, page, extent, slot, io, memory, completion, None, header)
+            group.append(self._transfer(flight, write=True))
+            if len(group) * io.shape.slot_bytes >= _GROUP_BYTES:
+                self._engine.submit(group)
+                group = []
+        self._engine.submit(group)
+        return completion
+
+    def _chain(self, batch: KeyBatch) -> Iterable[bytes]:
+        """The batch's pages and all their known ancestors: what a write of this batch must not evict."""
+        for page in range(len(batch)):
+            yield batch.key(page)
+        for key in self._head(batch):
+            yield from self._index.ancestors(batch.namespace.digest, key)
+
+    def _allocate(self, namespace: Namespace, shape: SlotShape, protected) -> tuple[Extent, int, int] | None:
+        if self._gone:
+            raise OSError(errno.ENOENT, "the tier's directory is gone")
+        directory = self._directory
+        if directory.writer is None:
+            writer = directory.claim(namespace.digest, self._removed)
+            self._recover()
+        writer = directory.writer
+        assert writer is not None
+        while True:
+            place = writer.allocate(namespace, shape, directory.share, protected)
+            if place is not None:
+                return *place, writer.next_generation()
+            if not directory.reclaim_abandoned():
+                return None
+
+    @staticmethod
+    def _header(batch: PageBatch, page: int, generation: int, crcs: np.ndarray) -> SlotHeader:
+        events = (0, 0) if batch.event_hashes is None else batch.event_hashes[page].tolist()
+        space = batch.namespace
+        return SlotHeader(
+            space.digest, batch.key(page), batch.parent(page) or NO_PARENT, generation, time.time_ns(),
+            space.layout.buffer_lengths, crcs, space.pool, None if batch.tokens is None else batch.tokens[page],
+            events[0], events[1], space.salt, space.lora,
+        )  # fmt: skip
+
+    def _write_done(self, flight: _Flight, moved: int) -> None:
+        header = flight.header
+        assert header is not None
+        flight.io.give(flight.memory)
+        with self._lock:
+            writer = self._directory.writer
+            assert writer is not None
+            if moved == flight.memory.length and not flight.extent.doomed:
+                outcome = Outcome.HIT
+                writer.publish(
+                    [
+                        Entry(
+                            header.namespace, header.key, header.parent, writer.number, flight.extent.number,
+                            flight.slot, header.generation, own=True, time_ns=header.time_ns,
+                        )  # fmt: skip
+                    ]
+                )
+                self._index.touch(header.namespace, [header.key])
+                self._counts["stored"] += 1
+            else:
+                outcome = self._refused(moved)
+                writer.give_back(flight.extent, flight.slot)
+            flight.extent.unpin()
+        if outcome is Outcome.HIT:
+            self.report(Residency.STORED, header.namespace, header.key)
+        flight.completion.settle(flight.page, outcome)
+
+    def _refused(self, moved: int) -> Outcome:
+        if moved == -errno.ECANCELED:
+            return Outcome.TIMEOUT
+        if moved >= 0:  # cleared meanwhile, or the device took only a part
+            self._counts["rejected_cleared" if moved else "io_errors"] += 1
+            return Outcome.REJECTED
+        self._counts["io_errors"] += 1
+        self._say(f"write {errno.errorcode.get(-moved, -moved)}", "a write failed with %s", os.strerror(-moved))
+        return Outcome.REJECTED if -moved in (errno.ENOSPC, errno.EDQUOT) else Outcome.FAILED
+
+    def _removed(self, entry: Entry, reason: str) -> None:
+        self._counts[reason] += 1
+        self.report(Residency.REMOVED, entry.namespace, entry.key)
+
+    # -- the rest of the contract --------------------------------------------------------------------------------
+
+    def remove(self, batch: KeyBatch) -> int:
+        removed = 0
+        with self._lock:
+            for page in range(len(batch)):
+                entry = self._index.get(batch.namespace.digest, batch.key(page))
+                if entry is None:
+                    continue
+                extent = self._extent(entry)
+                if entry.own and extent is not None and not entry.pins:
+                    self._erase(extent, entry.slot)
+                self._drop(entry, "removed")
+                removed += 1
+        return removed
+
+    def clear(self, namespaces: Iterable[Namespace]) -> None:
+        with self._lock:
+            self._directory.clear({namespace.digest for namespace in namespaces})
+
+    def register_memory(self, address: int, length: int) -> None:
+        self._engine.register_memory(address, length)
+
+    def stats(self) -> Mapping[str, int | float | str]:
+        with self._lock:
+            writer = self._directory.writer
+            return {
+                "pages": len(self._index),
+                "own_bytes": writer.disk_bytes if writer else 0,
+                "share_bytes": self._directory.share,
+                "engine": self._engine.name,
+                "direct_io": "yes" if self._direct.works else self._direct.reason,
+                "log_errors": writer.log_errors if writer else 0,
+                "state": "directory gone" if self._gone else "disk full" if self._disk_full() else "ok",
+                **self._counts,
+            }
+
+    def close(self) -> None:
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        until = time.monotonic() + CLOSE_SECONDS - 1.0
+        quiet = self._engine.close(until - time.monotonic())
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        if not quiet:
+            logger.error("local tier: the device did not answer before the close; its files stay open")
+        with self._lock:
+            self._directory.close(quiet)
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _io(self, batch: PageBatch) -> SlotIo:
+        shape = SlotShape.of_namespace(batch.namespace)
+        io = self._ios.get(shape)
+        if io is None:
+            with self._lock:
+                io = self._ios.setdefault(shape, SlotIo(shape, self._direct.alignment))
+        return io
+
+    def _transfer(self, flight: _Flight, write: bool) -> Transfer:
+        done = self._write_done if write else self._read_done
+        offset = flight.extent.header.slot_offset(flight.slot)
+        return Transfer(
+            flight.extent.fd, offset, flight.memory.iov, write, lambda moved: done(flight, moved), flight.completion.cancelled
+        )
+
+    def _count_way(self, bounced: bool, pages: int) -> None:
+        with self._lock:
+            self._counts["pages_bounced" if bounced else "pages_direct"] += pages
+        if bounced and pages:
+            self._say("bounce", "pages of this pool are not aligned for direct I/O and go through a bounce buffer%s", "")
+
+    def _say(self, kind: str, message: str, *args: object) -> None:
+        """Log the first of its kind; the counts tell of the others."""
+        with self._lock:
+            if kind in self._said:
+                return
+            self._said.add(kind)
+        logger.warning("local tier %s: " + message + " (said once; see stats)", self.options.path, *args)
+
+    def _disk_full(self) -> bool:
+        writer = self._directory.writer
+        return writer is not None and time.monotonic() < writer.disk_full_until
+
+    def _recover(self) -> None:
+        """Look, beside the serving, for pages that the log of the folder we just took does not name."""
+        thread = threading.Thread(target=self._scan, name="hicache-scan", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _scan(self) -> None:
+        writer = self._directory.writer
+        assert writer is not None
+        with self._lock:
+            places = writer.unscanned()
+        found = scan(places, writer, self._lock, self._closing)
+        with self._lock:
+            self._counts["recovered_by_scan"] += found
+
+    def _maintain(self) -> None:
+        last_share = 0.0
+        while not self._closing.wait(_MAINTENANCE_SECONDS):
+            try:
+                gone = self._directory.gone()
+                if gone and not self._gone:
+                    logger.error("local tier %s: the directory is gone; nothing more is stored", self.options.path)
+                self._gone = gone
+                with self._lock:
+                    if gone or self._closing.is_set():
+                        continue
+                    self._directory.refresh()
+                    if self._directory.writer is not None and time.monotonic() - last_share > _SHARE_SECONDS:
+                        last_share = time.monotonic()
+                        self._directory.update_share()
+                        self._directory.writer.shrink(self._directory.share)
+            except Exception:
+                if "maintenance" not in self._said:
+                    self._said.add("maintenance")
+                    logger.exception("local tier %s: maintenance failed (said once)", self.options.path)

@@ -1,0 +1,194 @@
+"""The directory of a local tier: its format line, its writer folders, who lives in them, and how room is shared.
+
+Belongs here: what concerns several processes. Does not belong here: one folder's extents and pages (folder.py,
+writer.py), or I/O of pages (backend.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from pathlib import Path
+
+from storage_backends.base import OptionError
+from storage_backends.local.files import DirectIo, try_lock
+from storage_backends.local.folder import LOCK, Folder, extent_numbers, extent_path
+from storage_backends.local.format import FORMAT_LINE, VERSION
+from storage_backends.local.index import Index
+from storage_backends.local.residency import NAME, Kind, LogWriter, Record
+from storage_backends.local.writer import RemovedListener, Writer
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "FORMAT"
+
+
+class Directory:
+    """Every folder of the tier, one of which may be ours. Not thread-safe: the backend's lock is around it."""
+
+    def __init__(self, path: Path, capacity: int, direct: DirectIo, index: Index) -> None:
+        self.path = path
+        self.capacity = capacity
+        self.direct = direct
+        self.index = index
+        self.folders: dict[int, Folder] = {}
+        self.writer: Writer | None = None
+        self.share = capacity
+        self._seen_mtime = -1
+        self._inode = _prepare(path)
+        self.refresh()
+
+    def gone(self) -> bool:
+        """Whether the directory that was opened is no longer there (removed, unmounted, replaced)."""
+        try:
+            return os.stat(self.path / _FORMAT).st_ino != self._inode
+        except OSError:
+            return True
+
+    def refresh(self) -> None:
+        """Notice new folders, and what other writers stored and removed."""
+        with contextlib.suppress(OSError):
+            mtime = os.stat(self.path).st_mtime_ns
+            if mtime != self._seen_mtime:
+                self._seen_mtime = mtime
+                for name in sorted(os.listdir(self.path)):
+                    if name.startswith("w") and name[1:].isdigit():
+                        number = int(name[1:])
+                        if number not in self.folders and (self.writer is None or self.writer.number != number):
+                            self.folders[number] = Folder(self.path / name, self.direct)
+            for folder in self.folders.values():
+                folder.poll(self.index)
+
+    def claim(self, namespace: bytes, removed: RemovedListener) -> Writer:
+        """Become a writer: of an abandoned folder that holds this namespace, else of a new one.
+
+        Abandoned folders of other namespaces are left to whoever comes back for them; their room is taken from the
+        oldest when room is short.
+        """
+        if self.writer is not None:
+            return self.writer
+        self.refresh()
+        idle = [(folder.namespaces().get(namespace, 0), number) for number, folder in self.folders.items()]
+        for count, number in sorted(idle, key=lambda pair: (-pair[0], pair[1])):
+            if count and (writer := self._try(number, removed)):
+                return writer
+        number = 0
+        while True:
+            if number not in self.folders and (writer := self._try(number, removed)):
+                return writer
+            number += 1
+
+    def _try(self, number: int, removed: RemovedListener) -> Writer | None:
+        folder = self.folders.get(number)
+        if folder is not None and folder.has_owner():
+            return None
+        writer = Writer.claim(self.path / f"w{number}", self.direct, self.index, removed)
+        if writer is None:
+            return None
+        if folder is not None:
+            folder.close()
+            del self.folders[number]
+        self.writer = writer
+        self.update_share()
+        writer.shrink(self.share)
+        return writer
+
+    def update_share(self) -> None:
+        """This writer's part of the capacity: what abandoned folders leave, in equal parts among living writers."""
+        living, abandoned = 1, 0
+        for folder in self.folders.values():
+            if folder.has_owner():
+                living += 1
+            else:
+                abandoned += folder.disk_bytes()
+        self.share = max(0, self.capacity - abandoned) // living
+
+    def reclaim_abandoned(self) -> bool:
+        """Delete the oldest extent of an abandoned folder, if there is any; whether there is more room now."""
+        for number, folder in sorted(self.folders.items()):
+            extents = extent_numbers(folder.path)
+            if not extents:
+                continue
+            lock_fd = try_lock(folder.path / LOCK)
+            if lock_fd is None:
+                continue
+            try:
+                # The lock is ours for a moment: the log may be written, and whoever reads it learns what went.
+                log = LogWriter(folder.path / NAME)
+                log.append([Record(Kind.EXTENT_GONE, extents[0], time_ns=time.time_ns())])
+                log.close()
+                extent_path(folder.path, extents[0]).unlink(missing_ok=True)
+                folder.poll(self.index)
+            except OSError as error:
+                logger.warning("%s: cannot be reclaimed: %s", folder.path, error)
+                continue
+            finally:
+                os.close(lock_fd)
+            logger.info("w%d has no writer any more: extent %d deleted for room", number, extents[0])
+            self.update_share()
+            return True
+        return False
+
+    def clear(self, namespaces: set[bytes]) -> None:
+        """Forget these namespaces: delete our extents and those of abandoned folders, disregard other writers' pages."""
+        if self.writer is not None:
+            for digest in namespaces:
+                self.writer.drop_namespace(digest)
+        for folder in self.folders.values():
+            lock_fd = try_lock(folder.path / LOCK)
+            if lock_fd is not None:
+                try:
+                    self._clear_abandoned(folder, namespaces)
+                finally:
+                    os.close(lock_fd)
+            for entry in list(self.index.in_folder(folder.number)):
+                if entry.namespace in namespaces:
+                    self.index.remove(entry)
+
+    def _clear_abandoned(self, folder: Folder, namespaces: set[bytes]) -> None:
+        log = LogWriter(folder.path / NAME)
+        for number in extent_numbers(folder.path):
+            extent = folder.extent(number)
+            if extent is not None and extent.header.namespace in namespaces:
+                extent.path.unlink(missing_ok=True)
+                log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
+        log.close()
+        folder.poll(self.index)
+
+    def close(self, quiet: bool) -> None:
+        """quiet: no I/O of ours is in flight."""
+        if self.writer is not None:
+            self.writer.close(quiet)
+        if quiet:
+            for folder in self.folders.values():
+                folder.close()
+
+
+def _prepare(path: Path) -> int:
+    """Make the directory and its format line, or check it; the line's inode. Raises OptionError."""
+    marker = path / _FORMAT
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            os.write(fd, FORMAT_LINE.format(VERSION).encode())
+            os.close(fd)
+        except FileExistsError:
+            line = marker.read_text()
+            # Another process may be between making the file and writing the line.
+            until = time.monotonic() + 1.0
+            while not line and time.monotonic() < until:
+                time.sleep(0.01)
+                line = marker.read_text()
+            if line != FORMAT_LINE.format(VERSION):
+                raise OptionError(
+                    "path", str(path), f"holds another format: {line.strip()[:80]!r}, this program writes format {VERSION}",
+                    "use the program version that wrote it, or another directory, or delete this one",
+                ) from None  # fmt: skip
+        return os.stat(marker).st_ino
+    except OSError as error:
+        raise OptionError(
+            "path", str(path), f"cannot be used: {error.strerror}", "name a directory that this user may write"
+        ) from error

@@ -1,0 +1,116 @@
+"""Files of the local tier as the kernel sees them: direct I/O and its alignment, preallocation, locks.
+
+Belongs here: thin calls that Python lacks or that need care. Does not belong here: what is in the files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+_AT_EMPTY_PATH = 0x1000
+_STATX_DIOALIGN = 0x2000
+_DIO_MEM_ALIGN_AT = 152
+_DIO_OFFSET_ALIGN_AT = 156
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class DirectIo:
+    """Whether a file system does O_DIRECT, and the alignment (bytes) of addresses and of offsets and lengths."""
+
+    works: bool
+    memory: int
+    offset: int
+    reason: str = ""
+
+    @property
+    def alignment(self) -> int:
+        return max(self.memory, self.offset) if self.works else 1
+
+
+def probe_direct(directory: Path) -> DirectIo:
+    """Try O_DIRECT on a file in `directory` and ask the kernel for its alignment (statx STATX_DIOALIGN, Linux 6.1)."""
+    path = directory / f".probe-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        return DirectIo(False, 1, 1, f"open with O_DIRECT: {os.strerror(error.errno or errno.EIO)}")
+    try:
+        buffer = ctypes.create_string_buffer(256)
+        asked = _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)
+        mask = int.from_bytes(buffer.raw[:4], "little")
+        if asked != 0 or not mask & _STATX_DIOALIGN:
+            return DirectIo(True, 4096, 4096)  # an old kernel: every device takes 4 KiB
+        memory = int.from_bytes(buffer.raw[_DIO_MEM_ALIGN_AT : _DIO_MEM_ALIGN_AT + 4], "little")
+        offset = int.from_bytes(buffer.raw[_DIO_OFFSET_ALIGN_AT : _DIO_OFFSET_ALIGN_AT + 4], "little")
+        if not memory or not offset:
+            return DirectIo(False, 1, 1, "the file system says that it does no direct I/O")
+        if offset > 4096 or 4096 % offset:
+            return DirectIo(False, 1, 1, f"direct I/O wants alignment {offset}, slots have 4096")
+        return DirectIo(True, memory, offset)
+    finally:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+
+
+def open_extent(path: Path, direct: DirectIo, write: bool, create: bool = False) -> int:
+    """A file descriptor for an extent. OSError as open raises it."""
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC
+    if direct.works:
+        flags |= os.O_DIRECT
+    if create:
+        flags |= os.O_CREAT | os.O_EXCL
+    return os.open(path, flags, 0o600)
+
+
+def preallocate(fd: int, size: int) -> None:
+    """Reserve `size` bytes, so that a later write cannot run out of space. OSError (ENOSPC, ...) when it cannot."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, size)
+
+
+def try_lock(path: Path) -> int | None:
+    """An exclusive lock on `path` as an open descriptor, or None when somebody holds it. Gone with the process.
+
+    An open file description's lock (F_OFD_SETLK): two stores in one process exclude each other as well, and whoever
+    only wants to know (is_locked) need not take it for a moment.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK))
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return None
+        raise
+    return fd
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock. A folder without a lock file has no owner."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK))
+        return struct.unpack_from("@h", answer)[0] != fcntl.F_UNLCK
+    finally:
+        os.close(fd)
+
+
+def _flock(kind: int) -> bytes:
+    """struct flock over the whole file; its process id must be 0 for this kind of lock."""
+    return struct.pack("@hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)

@@ -1,0 +1,167 @@
+"""A writer folder as any process sees it: its extents, opened when first read, and its residency log, tailed.
+
+Belongs here: reading somebody's folder into the index. Does not belong here: changing it (writer.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage_backends.local.files import DirectIo, is_locked, open_extent
+from storage_backends.local.format import BLOCK, ExtentHeader, FormatError
+from storage_backends.local.index import Entry, Index
+from storage_backends.local.residency import NAME, Kind, LogReader, Record
+
+logger = logging.getLogger(__name__)
+
+LOCK = "lock"
+
+
+@dataclass(slots=True, eq=False)
+class Extent:
+    """An open extent. pins: I/O that uses `fd` now; a doomed extent is closed when the last pin goes."""
+
+    path: Path
+    number: int
+    header: ExtentHeader
+    fd: int
+    pins: int = 0
+    doomed: bool = False
+
+    def unpin(self) -> None:
+        self.pins -= 1
+        self.close_if_unused()
+
+    def doom(self) -> None:
+        self.doomed = True
+        self.close_if_unused()
+
+    def close_if_unused(self) -> None:
+        if self.doomed and not self.pins and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def extent_path(folder: Path, number: int) -> Path:
+    return folder / f"e{number:010d}.ext"
+
+
+def extent_numbers(folder: Path) -> list[int]:
+    """Numbers of the extents in a folder, ascending."""
+    names = []
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            if name.startswith("e") and name.endswith(".ext") and name[1:-4].isdigit():
+                names.append(int(name[1:-4]))
+    return sorted(names)
+
+
+def read_extent_header(path: Path) -> ExtentHeader:
+    """Raises FormatError, UnknownVersion, OSError."""
+    with open(path, "rb", buffering=0) as file:
+        return ExtentHeader.decode(file.read(BLOCK) or b"")
+
+
+def open_existing(path: Path, number: int, direct: DirectIo, write: bool) -> Extent:
+    """Raises FormatError, UnknownVersion, OSError."""
+    header = read_extent_header(path)
+    if header.number != number:
+        raise FormatError(f"extent {number} says that it is {header.number}")
+    return Extent(path, number, header, open_extent(path, direct, write))
+
+
+class Folder:
+    """One `w<k>`, read only. Not thread-safe: the backend's lock is around it."""
+
+    def __init__(self, path: Path, direct: DirectIo) -> None:
+        self.path = path
+        self.number = int(path.name[1:])
+        self.direct = direct
+        self.extents: dict[int, Extent] = {}
+        self._log = LogReader(path / NAME)
+
+    def has_owner(self) -> bool:
+        """Whether a living process writes here."""
+        return is_locked(self.path / LOCK)
+
+    def poll(self, index: Index) -> None:
+        """Bring the index up to date with this folder's log."""
+        for record in self._records(index):
+            self._apply(record, index)
+
+    def _records(self, index: Index) -> Iterator[Record]:
+        first = True
+        for record in self._log.read():
+            if first and self._log.restarted:
+                for entry in index.in_folder(self.number):
+                    index.remove(entry)
+            first = False
+            yield record
+
+    def _apply(self, record: Record, index: Index) -> None:
+        match record.kind:
+            case Kind.STORED:
+                known = index.get(record.namespace, record.key)
+                if known is not None and known.folder != self.number:
+                    return  # two writers stored the same page: one copy is enough to know of
+                index.insert(
+                    Entry(
+                        record.namespace, record.key, record.parent, self.number, record.extent, record.slot,
+                        record.generation, own=False, time_ns=record.time_ns,
+                    )  # fmt: skip
+                )
+            case Kind.REMOVED:
+                entry = index.at(self.number, record.extent, record.slot)
+                if entry is not None and entry.key == record.key and entry.namespace == record.namespace:
+                    index.remove(entry)
+            case Kind.EXTENT_GONE:
+                for entry in index.in_extent(self.number, record.extent):
+                    index.remove(entry)
+                gone = self.extents.pop(record.extent, None)
+                if gone is not None:
+                    gone.doom()
+
+    def extent(self, number: int) -> Extent | None:
+        """The extent, opened if need be; None when it is gone or not readable as one (its pages are then misses)."""
+        found = self.extents.get(number)
+        if found is None:
+            try:
+                found = open_existing(extent_path(self.path, number), number, self.direct, write=False)
+            except FormatError as error:
+                logger.warning("%s: %s; its pages count as misses", extent_path(self.path, number), error)
+                return None
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                    logger.warning("%s: %s; its pages count as misses", extent_path(self.path, number), error)
+                return None
+            self.extents[number] = found
+        return found
+
+    def namespaces(self) -> dict[bytes, int]:
+        """Extents per namespace, from the headers on disk: what this folder is for, log or no log."""
+        found: dict[bytes, int] = {}
+        for number in extent_numbers(self.path):
+            with contextlib.suppress(FormatError, OSError):
+                namespace = read_extent_header(extent_path(self.path, number)).namespace
+                found[namespace] = found.get(namespace, 0) + 1
+        return found
+
+    def disk_bytes(self) -> int:
+        """Bytes of its extents on disk."""
+        total = 0
+        for number in extent_numbers(self.path):
+            with contextlib.suppress(OSError):
+                total += os.stat(extent_path(self.path, number)).st_size
+        return total
+
+    def close(self) -> None:
+        self._log.close()
+        for extent in self.extents.values():
+            extent.doom()
+        self.extents.clear()

@@ -1,0 +1,184 @@
+"""The residency log of a writer folder: what its writer stored and removed, in order. Also the warm-start snapshot.
+
+Belongs here: records, appending them, and tailing them from another process. Does not belong here: what follows from
+a record (index.py), or whether the slot it names still holds the page (only the slot's own bytes say that).
+
+    residency.log: a 128-byte head, then 128-byte records; little-endian
+    head     0 8s magic "HICRLOG1"   8 u32 version   12 u32 record bytes   16 16s id of this log
+    record   0 u32 CRC32C of the rest   4 u8 kind   5 3x   8 u32 extent   12 u32 slot   16 u64 generation
+            24 u64 time, ns   32 16s namespace   48 32s key   80 32s parent   112 16x
+
+The log is a hint: written without fsync, it may lack its end after a crash (a scan of slot headers finds what it
+lacks) or name pages that never reached the disk (their slots fail verification). A record that does not pass its
+checksum is passed over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from hicache_ext.page import NO_PARENT
+from storage_backends.local.checksum import crc32c
+from storage_backends.local.format import FormatError, UnknownVersion
+
+logger = logging.getLogger(__name__)
+
+MAGIC = b"HICRLOG1"
+VERSION = 1
+_HEAD = struct.Struct("<8sII16s96x")
+_RECORD = struct.Struct("<IB3xIIQQ16s32s32s16x")
+RECORD_BYTES = _RECORD.size
+NAME = "residency.log"
+_READ_RECORDS = 8192
+
+assert _HEAD.size == RECORD_BYTES == 128
+
+
+class Kind(IntEnum):
+    STORED = 1
+    REMOVED = 2
+    EXTENT_GONE = 3  # the extent's file was deleted, and every page in it
+
+
+class Record(NamedTuple):
+    kind: Kind
+    extent: int
+    slot: int = 0
+    generation: int = 0
+    time_ns: int = 0
+    namespace: bytes = bytes(16)
+    key: bytes = NO_PARENT
+    parent: bytes = NO_PARENT
+
+    def encode(self) -> bytes:
+        raw = bytearray(
+            _RECORD.pack(
+                0, self.kind, self.extent, self.slot, self.generation, self.time_ns,
+                self.namespace, self.key, self.parent,
+            )  # fmt: skip
+        )
+        struct.pack_into("<I", raw, 0, crc32c(memoryview(raw)[4:]))
+        return bytes(raw)
+
+    @classmethod
+    def decode(cls, raw: bytes | memoryview) -> Record:
+        """From 128 bytes. Raises FormatError."""
+        if len(raw) < RECORD_BYTES:
+            raise FormatError("truncated record")
+        crc, kind, extent, slot, generation, time_ns, namespace, key, parent = _RECORD.unpack(raw[:RECORD_BYTES])
+        if crc32c(bytes(raw[4:RECORD_BYTES])) != crc:
+            raise FormatError("record checksum")
+        try:
+            return cls(Kind(kind), extent, slot, generation, time_ns, namespace, key, parent)
+        except ValueError as error:
+            raise FormatError(str(error)) from error
+
+
+class LogWriter:
+    """Appends records at positions of its own, so that a write cut short never shifts the ones after it."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        size = os.fstat(self._fd).st_size
+        self.position = max(RECORD_BYTES, size // RECORD_BYTES * RECORD_BYTES)
+        if size < RECORD_BYTES:
+            os.pwrite(self._fd, _HEAD.pack(MAGIC, VERSION, RECORD_BYTES, os.urandom(16)), 0)
+
+    @classmethod
+    def rewrite(cls, path: Path, records: Iterator[Record]) -> LogWriter:
+        """Replace the log by these records, all or nothing, and go on from there."""
+        fresh = path.with_suffix(".new")
+        with open(fresh, "wb") as file:
+            file.write(_HEAD.pack(MAGIC, VERSION, RECORD_BYTES, os.urandom(16)))
+            for record in records:
+                file.write(record.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+        return cls(path)
+
+    def append(self, records: list[Record]) -> None:
+        """OSError when the device refuses; the next append writes over what is left of this one."""
+        data = b"".join(record.encode() for record in records)
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._fd, memoryview(data)[written:], self.position + written)
+        self.position += written
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class LogReader:
+    """Reads a log from its start and then its growth; notices when the log was replaced.
+
+    `restarted` turns True when the last `read` began anew: what earlier records said no longer holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd: int | None = None
+        self._inode = 0
+        self._position = 0
+        self.restarted = False
+
+    def read(self) -> Iterator[Record]:
+        """Records since the last call. A missing log has none. Raises UnknownVersion."""
+        self.restarted = False
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            return
+        if self._fd is None or status.st_ino != self._inode or status.st_size < self._position:
+            self.close()
+            try:
+                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return
+            status = os.fstat(self._fd)
+            self._inode, self.restarted = status.st_ino, True
+            self._position = 0
+        if status.st_size < self._position + RECORD_BYTES:
+            return
+        if self._position == 0:
+            if not self._check_head(os.pread(self._fd, RECORD_BYTES, 0)):
+                return
+            self._position = RECORD_BYTES
+        while True:
+            data = os.pread(self._fd, RECORD_BYTES * _READ_RECORDS, self._position)
+            whole = len(data) // RECORD_BYTES * RECORD_BYTES
+            for at in range(0, whole, RECORD_BYTES):
+                try:
+                    record = Record.decode(data[at : at + RECORD_BYTES])
+                except FormatError:
+                    if self._position + at + 2 * RECORD_BYTES > status.st_size:
+                        # The last record may still be on its way: look again next time.
+                        self._position += at
+                        return
+                    continue
+                yield record
+            self._position += whole
+            if whole < RECORD_BYTES * _READ_RECORDS:
+                return
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _check_head(self, raw: bytes) -> bool:
+        if len(raw) < RECORD_BYTES:
+            return False
+        magic, version, record_bytes, _ = _HEAD.unpack(raw)
+        if magic != MAGIC:
+            logger.warning("%s: not a residency log; its folder is known by its slots alone", self._path)
+            return False
+        if version != VERSION or record_bytes != RECORD_BYTES:
+            raise UnknownVersion(f"residency log format {version}")
+        return True

@@ -1,0 +1,318 @@
+"""The writer's side of a folder: slots and extents, from allocation to eviction, and the log of it.
+
+Belongs here: everything that changes files of the folder except the pages' own bytes (backend.py sends those).
+Does not belong here: reading pages, or how much of the directory this writer may use (backend.py says).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from hicache_ext.page import Namespace
+from storage_backends.local.files import DirectIo, open_extent, preallocate, try_lock
+from storage_backends.local.folder import LOCK, Extent, extent_numbers, extent_path, open_existing
+from storage_backends.local.format import BLOCK, ExtentHeader, FormatError, SlotHeader, SlotShape, UnknownVersion
+from storage_backends.local.index import Entry, Index
+from storage_backends.local.residency import NAME, Kind, LogWriter, Record
+
+logger = logging.getLogger(__name__)
+
+_MIN_EXTENT = 4 << 20
+_MAX_EXTENT = 1 << 30
+_EXTENTS_PER_SHARE = 32
+_DISK_FULL_SECONDS = 10.0
+
+Place = tuple[Extent, int]
+RemovedListener = Callable[[Entry, str], None]
+"""(entry, reason): a page that this writer stopped holding."""
+
+
+class Writer:
+    """Owner of one folder. Not thread-safe: the backend's lock is around every method but `scan`'s reads."""
+
+    def __init__(self, path: Path, lock_fd: int, direct: DirectIo, index: Index, removed: RemovedListener) -> None:
+        self.path = path
+        self.number = int(path.name[1:])
+        self._lock_fd = lock_fd
+        self._direct = direct
+        self._index = index
+        self._removed = removed
+        self.extents: dict[int, Extent] = {}
+        self.free: dict[bytes, dict[tuple[int, int], None]] = {}
+        self.log_errors = 0
+        self.disk_full_until = 0.0
+        self._load_extents()
+        self._generation = max(
+            [time.time_ns(), *(e.header.generation for e in self.extents.values())]
+            + [entry.generation for entry in index.in_folder(self.number)]
+        )
+        index.adopt(self.number)
+        self._log = LogWriter.rewrite(path / NAME, map(_stored, self._in_order()))
+
+    @classmethod
+    def claim(cls, path: Path, direct: DirectIo, index: Index, removed: RemovedListener) -> Writer | None:
+        """Become the owner of a folder (made if missing), whose log the index has read; None when it has an owner."""
+        path.mkdir(parents=True, exist_ok=True)
+        lock_fd = try_lock(path / LOCK)
+        if lock_fd is None:
+            return None
+        try:
+            return cls(path, lock_fd, direct, index, removed)
+        except BaseException:
+            os.close(lock_fd)
+            raise
+
+    def _load_extents(self) -> None:
+        for number in extent_numbers(self.path):
+            path = extent_path(self.path, number)
+            try:
+                extent = open_existing(path, number, self._direct, write=True)
+            except UnknownVersion:
+                raise
+            except FormatError as error:
+                logger.warning("%s: %s; deleted, its pages are lost", path, error)
+                path.unlink(missing_ok=True)
+                continue
+            self.extents[number] = extent
+        for entry in self._index.in_folder(self.number):
+            known = self.extents.get(entry.extent)
+            if known is None or entry.slot >= known.header.slots or entry.namespace != known.header.namespace:
+                self._index.remove(entry)
+        for extent in self.extents.values():
+            live = {entry.slot for entry in self._index.in_extent(self.number, extent.number)}
+            free = self.free.setdefault(extent.header.namespace, {})
+            free.update(((extent.number, slot), None) for slot in range(extent.header.slots) if slot not in live)
+
+    def _in_order(self) -> Iterable[Entry]:
+        """Own entries, each namespace's oldest first: the order in which a later start will read them."""
+        for space in self._index.spaces.values():
+            yield from (space.entries[key] for key in space.order)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(extent.header.extent_bytes for extent in self.extents.values())
+
+    def next_generation(self) -> int:
+        """Larger than any before in this folder, whatever the clock does."""
+        self._generation = max(self._generation + 1, time.time_ns())
+        return self._generation
+
+    # -- room ----------------------------------------------------------------------------------------------------
+
+    def allocate(
+        self, namespace: Namespace, shape: SlotShape, share: int, protected: Callable[[], frozenset[bytes]]
+    ) -> Place | None:
+        """A slot for one page, pinned; evicts for it within `share` bytes of disk. None when there is no room.
+
+        protected: gives the keys that may not be evicted for it (asked only when something must go).
+
+        OSError when an extent could not be made for another reason than a full disk and nothing could be evicted.
+        """
+        digest = namespace.digest
+        failed: OSError | None = None
+        while True:
+            free = self.free.get(digest)
+            if free:
+                (number, slot), _ = free.popitem()
+                extent = self.extents[number]
+                extent.pins += 1
+                return extent, slot
+            if failed is None:
+                try:
+                    if self._grow(namespace, shape, share):
+                        continue
+                except OSError as error:
+                    failed = error
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        self.disk_full_until = time.monotonic() + _DISK_FULL_SECONDS
+            if self._reclaim_from_larger(digest) or self._evict_one(digest, protected()) or self._reclaim_coldest(digest):
+                continue
+            if failed is not None and failed.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise failed
+            return None
+
+    def _grow(self, namespace: Namespace, shape: SlotShape, share: int) -> bool:
+        if time.monotonic() < self.disk_full_until:
+            return False
+        target = min(_MAX_EXTENT, max(_MIN_EXTENT, share // _EXTENTS_PER_SHARE))
+        room = share - self.disk_bytes
+        slots = max(1, (min(target, room) - BLOCK) // shape.slot_bytes)
+        size = BLOCK + slots * shape.slot_bytes
+        if size > room:
+            return False
+        number = 1 + max((*self.extents, *extent_numbers(self.path)), default=-1)
+        header = ExtentHeader(
+            self.next_generation(), shape.slot_bytes, size, slots, number, namespace.digest,
+            time.time_ns(), namespace.description,
+        )  # fmt: skip
+        path = extent_path(self.path, number)
+        fd = open_extent(path, self._direct, write=True, create=True)
+        try:
+            preallocate(fd, size)
+            with open(path, "r+b", buffering=0) as plain:
+                plain.write(header.encode())
+        except BaseException:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+        self.extents[number] = Extent(path, number, header, fd)
+        self.free.setdefault(namespace.digest, {}).update(((number, slot), None) for slot in range(slots)[::-1])
+        return True
+
+    def _evict_one(self, digest: bytes, protected: frozenset[bytes]) -> bool:
+        entry = self._index.victim(digest, protected)
+        if entry is None:
+            return False
+        self.forget([entry], "evicted")
+        return True
+
+    def _reclaim_from_larger(self, digest: bytes) -> bool:
+        """Take an extent from a colder namespace that has more of them: a new namespace must not starve in one extent."""
+        counts: dict[bytes, int] = {}
+        for extent in self.extents.values():
+            counts[extent.header.namespace] = counts.get(extent.header.namespace, 0) + 1
+        mine = counts.pop(digest, 0)
+        larger = [namespace for namespace, count in counts.items() if count > mine + 1]
+        coldest = self._index.coldest(larger)
+        return coldest is not None and self._reclaim(coldest)
+
+    def _reclaim_coldest(self, digest: bytes) -> bool:
+        others = {extent.header.namespace for extent in self.extents.values()} - {digest}
+        coldest = self._index.coldest(others)
+        return coldest is not None and self._reclaim(coldest)
+
+    def _reclaim(self, namespace: bytes) -> bool:
+        """Delete the extent of `namespace` that holds the fewest pages, with all that hangs below them."""
+        idle = [e for e in self.extents.values() if e.header.namespace == namespace and not e.pins]
+        if not idle:
+            return False
+        extent = min(idle, key=lambda e: len(self._index.in_extent(self.number, e.number)))
+        entries = self._index.in_extent(self.number, extent.number)
+        doomed: dict[Entry, None] = {}
+        for entry in entries:
+            doomed.update(dict.fromkeys(self._index.descendants(entry)))
+        self.forget([entry for entry in doomed if not entry.pins], "evicted")
+        self.drop_extent(extent.number, "evicted")
+        return True
+
+    def shrink(self, share: int) -> None:
+        """Evict until the folder takes at most `share` bytes."""
+        while self.disk_bytes > share and self.extents:
+            namespaces = {extent.header.namespace for extent in self.extents.values()}
+            coldest = self._index.coldest(namespaces)
+            if coldest is None or not self._reclaim(coldest):
+                return
+
+    # -- pages ---------------------------------------------------------------------------------------------------
+
+    def publish(self, entries: list[Entry]) -> list[Entry]:
+        """These slots hold their pages now: index and log. Entries whose place they took come back (others' copies)."""
+        replaced = []
+        for entry in entries:
+            old = self._index.insert(entry)
+            if old is not None:
+                replaced.append(old)
+                if old.own and (old.extent, old.slot) != (entry.extent, entry.slot):
+                    self._give_slot(old)
+        self._append([_stored(entry) for entry in entries])
+        return replaced
+
+    def forget(self, entries: list[Entry], reason: str) -> None:
+        """Remove own pages from index and log, and free their slots."""
+        gone = [entry for entry in entries if self._index.remove(entry)]
+        self._append(
+            [
+                Record(Kind.REMOVED, e.extent, e.slot, e.generation, time.time_ns(), e.namespace, e.key)
+                for e in gone
+            ]
+        )
+        for entry in gone:
+            self._give_slot(entry)
+            self._removed(entry, reason)
+
+    def give_back(self, extent: Extent, slot: int) -> None:
+        """An allocated slot that was not used after all."""
+        if not extent.doomed:
+            self.free.setdefault(extent.header.namespace, {})[extent.number, slot] = None
+
+    def drop_extent(self, number: int, reason: str) -> None:
+        """Delete an extent's file and everything in it."""
+        extent = self.extents.pop(number)
+        for entry in self._index.in_extent(self.number, number):
+            self._index.remove(entry)
+            self._removed(entry, reason)
+        free = self.free.get(extent.header.namespace, {})
+        for place in [place for place in free if place[0] == number]:
+            del free[place]
+        with contextlib.suppress(OSError):
+            extent.path.unlink(missing_ok=True)
+        extent.doom()
+        self._append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
+
+    def drop_namespace(self, digest: bytes) -> None:
+        for number in [n for n, extent in self.extents.items() if extent.header.namespace == digest]:
+            self.drop_extent(number, "cleared")
+
+    def _give_slot(self, entry: Entry) -> None:
+        # A slot that a read still uses stays out of the free list until the read ends (backend.py gives it back).
+        if not entry.pins and entry.extent in self.extents:
+            self.free.setdefault(entry.namespace, {})[entry.extent, entry.slot] = None
+
+    def _append(self, records: list[Record]) -> None:
+        try:
+            if records:
+                self._log.append(records)
+        except OSError as error:
+            # The index is right all the same, and the next start finds the pages by their headers.
+            self.log_errors += 1
+            if self.log_errors == 1:
+                logger.warning("%s: residency log: %s (said once)", self.path, error)
+
+    # -- recovery ------------------------------------------------------------------------------------------------
+
+    def unscanned(self) -> list[tuple[Extent, int]]:
+        """Slots that the log does not name: the header scan looks at them."""
+        return [(self.extents[number], slot) for free in self.free.values() for number, slot in free]
+
+    def recover(self, extent: Extent, slot: int, header: SlotHeader) -> bool:
+        """Take in a page that a header scan found, unless its slot or its key is in use by now."""
+        place = (extent.number, slot)
+        free = self.free.get(extent.header.namespace, {})
+        if (
+            extent.doomed
+            or place not in free
+            or header.namespace != extent.header.namespace
+            or header.generation <= extent.header.generation
+            or self._index.get(header.namespace, header.key) is not None
+        ):
+            return False
+        del free[place]
+        entry = Entry(
+            header.namespace, header.key, header.parent, self.number, extent.number, slot,
+            header.generation, own=True, time_ns=header.time_ns,
+        )  # fmt: skip
+        self._index.insert(entry)
+        self._index.spaces[entry.namespace].order.move_to_end(entry.key, last=False)  # nobody asked for it since
+        self._append([_stored(entry)])
+        self._generation = max(self._generation, header.generation)
+        return True
+
+    def close(self, quiet: bool) -> None:
+        """quiet: no I/O of ours is in flight. If some is, the lock and the files stay open until the process ends."""
+        self._log.close()
+        if quiet:
+            for extent in self.extents.values():
+                extent.doom()
+            os.close(self._lock_fd)
+
+
+def _stored(entry: Entry) -> Record:
+    return Record(
+        Kind.STORED, entry.extent, entry.slot, entry.generation, entry.time_ns, entry.namespace, entry.key, entry.parent
+    )
