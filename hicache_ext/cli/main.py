@@ -39,7 +39,9 @@ class _Lazy(typer.core.TyperGroup):
         return command
 
 
-app = typer.Typer(cls=_Lazy, no_args_is_help=True, add_completion=False, help=hicache_ext.__doc__)
+app = typer.Typer(
+    cls=_Lazy, no_args_is_help=True, add_completion=False, help="Storage tiers for SGLang's hierarchical KV cache."
+)
 
 
 def native_parts() -> dict[str, str]:

@@ -27,9 +27,10 @@ def build(source: Path, target: Path, **environment: str) -> tuple[Path, str]:
     done = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    output = done.stdout + done.stderr  # pip shows what the build says on stderr
+    assert done.returncode == 0, output[-8000:]
     (wheel,) = target.glob("*.whl")
-    return wheel, done.stdout
+    return wheel, output
 
 
 @pytest.fixture(scope="module")
