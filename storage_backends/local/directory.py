@@ -39,6 +39,8 @@ class Directory:
         self._seen_mtime = -1
         self._inode = _prepare(path)
         self.refresh()
+        for folder in self.folders.values():
+            folder.namespaces()  # an extent of an unknown version refuses now, not at the first write
 
     def gone(self) -> bool:
         """Whether the directory that was opened is no longer there (removed, unmounted, replaced)."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage_backends.local.files import DirectIo, is_locked, open_extent
-from storage_backends.local.format import BLOCK, ExtentHeader, FormatError
+from storage_backends.local.format import BLOCK, ExtentHeader, FormatError, UnknownVersion
 from storage_backends.local.index import Entry, Index
 from storage_backends.local.residency import NAME, Kind, LogReader, Record
 
@@ -144,12 +144,19 @@ class Folder:
         return found
 
     def namespaces(self) -> dict[bytes, int]:
-        """Extents per namespace, from the headers on disk: what this folder is for, log or no log."""
+        """Extents per namespace, from the headers on disk: what this folder is for, log or no log.
+
+        Raises UnknownVersion when an extent is of a format that this program does not know.
+        """
         found: dict[bytes, int] = {}
         for number in extent_numbers(self.path):
-            with contextlib.suppress(FormatError, OSError):
+            try:
                 namespace = read_extent_header(extent_path(self.path, number)).namespace
                 found[namespace] = found.get(namespace, 0) + 1
+            except UnknownVersion:
+                raise
+            except (FormatError, OSError):
+                continue
         return found
 
     def disk_bytes(self) -> int:

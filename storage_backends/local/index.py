@@ -63,16 +63,15 @@ class Index:
 
     def insert(self, entry: Entry) -> Entry | None:
         """Add a page; the entry it took the place of, if the page was resident before (elsewhere, or the same slot)."""
-        space = self.spaces.setdefault(entry.namespace, Space())
-        old = space.entries.get(entry.key)
+        old = self.get(entry.namespace, entry.key)
         if old is not None:
             self.remove(old)
         # A slot holds one page: whatever the index thought was there is gone.
-        there = self._extents.setdefault((entry.folder, entry.extent), {})
-        stale = there.get(entry.slot)
+        stale = self.at(entry.folder, entry.extent, entry.slot)
         if stale is not None:
             self.remove(stale)
-            there = self._extents.setdefault((entry.folder, entry.extent), {})
+        space = self.spaces.setdefault(entry.namespace, Space())
+        there = self._extents.setdefault((entry.folder, entry.extent), {})
         there[entry.slot] = entry
         space.entries[entry.key] = entry
         self._count_child(space, entry, 1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from storage_backends.buffers import OwnedMemory
 from storage_backends.local.folder import Extent
-from storage_backends.local.format import FormatError, SlotHeader, SlotShape
+from storage_backends.local.format import SLOT_MAGIC, FormatError, SlotHeader
 
 if TYPE_CHECKING:
     from storage_backends.local.writer import Writer
@@ -66,7 +66,7 @@ def _read_header(extent: Extent, slot: int, room: memoryview) -> SlotHeader | No
         size = min(len(room), extent.header.slot_bytes)
         offset = extent.header.slot_offset(slot)
         got = os.preadv(extent.fd, [room[:4096]], offset)
-        if got < 4096 or bytes(room[:8]) != b"HICSLOT1":
+        if got < 4096 or bytes(room[:8]) != SLOT_MAGIC:
             return None
         need = int.from_bytes(room[12:16], "little")
         if 4096 < need <= size and need % 4096 == 0:
@@ -74,6 +74,4 @@ def _read_header(extent: Extent, slot: int, room: memoryview) -> SlotHeader | No
         header = SlotHeader.decode(room[:got])
     except (OSError, FormatError):
         return None
-    tokens = 0 if header.tokens is None else len(header.tokens)
-    shape = SlotShape.of(header.lengths, tokens)
-    return header if shape.payload_bytes < extent.header.slot_bytes else None
+    return header if need + sum(header.lengths) <= extent.header.slot_bytes else None

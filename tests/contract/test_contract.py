@@ -1,0 +1,223 @@
+"""What every backend must do, whatever it is made of. A new backend joins by a line in `BACKENDS`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage_backends.base import Backend, Completion, Dispatcher, Outcome, Residency
+from storage_backends.local import LocalBackend
+from storage_backends.memory import MemoryBackend
+from tests.pages import HostPool, chain, key_batch, namespace
+
+Opener = Callable[..., Backend]
+
+
+def _memory(_: Path, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+    return MemoryBackend(MemoryBackend.Options.model_validate({"capacity": capacity}), dispatcher)
+
+
+def _local(engine: str) -> Callable[..., Backend]:
+    def open_local(path: Path, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+        options = {"path": path / "tier", "capacity": capacity, "engine": engine}
+        return LocalBackend(LocalBackend.Options.model_validate(options), dispatcher)
+
+    return open_local
+
+
+BACKENDS = {"memory": _memory, "local-threads": _local("threads"), "local-liburing": _local("liburing")}
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+    dispatcher = Dispatcher()
+    opened: list[Backend] = []
+
+    def open_one(**options: int) -> Backend:
+        opened.append(BACKENDS[request.param](tmp_path, dispatcher, **options))
+        return opened[-1]
+
+    yield open_one
+    for backend in opened:
+        backend.close()
+    dispatcher.close()
+
+
+@pytest.fixture
+def backend(opener: Opener) -> Backend:
+    return opener()
+
+
+def wait(completion: Completion) -> list[Outcome]:
+    return completion.result(30)
+
+
+def store(backend: Backend, pool: HostPool, keys: list[bytes]) -> None:
+    assert wait(backend.write(pool.write_batch(keys))) == [Outcome.HIT] * len(keys)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "skew"),
+    [((8192, 8192), 0), ((4096,), 0), ((70272,), 0), ((65536 + 4096, 300, 4096), 0), ((8192, 8192), 72)],
+    ids=["two-buffers", "one-buffer", "odd-length", "chunks-and-odd", "skewed-memory"],
+)
+def test_what_is_written_is_read(backend: Backend, lengths: tuple[int, ...], skew: int) -> None:
+    space, keys = namespace(lengths), chain("a", 20)
+    pool = HostPool(space, 24, skew)
+    store(backend, pool, keys)
+    assert backend.lookup(key_batch(space, keys)).all()
+    pool.poison()
+    order = keys[::-1]
+    assert wait(backend.read(pool.batch(order))) == [Outcome.HIT] * 20
+    assert all(pool.right(page, key) for page, key in enumerate(order))
+
+
+def test_absent_pages_are_misses_and_their_neighbours_hits(backend: Backend) -> None:
+    space, keys = namespace(), chain("a", 6)
+    pool = HostPool(space, 6)
+    store(backend, pool, keys[::2])
+    assert backend.lookup(key_batch(space, keys)).tolist() == [1, 0, 1, 0, 1, 0]
+    assert wait(backend.read(pool.batch(keys))) == [Outcome.HIT, Outcome.MISS] * 3
+    assert all(pool.right(page, keys[page]) for page in (0, 2, 4))
+
+
+def test_an_empty_batch_is_done_at_once(backend: Backend) -> None:
+    pool = HostPool(namespace(), 1)
+    assert backend.read(pool.batch([])).result(0) == []
+    assert backend.write(pool.batch([])).result(0) == []
+    assert backend.lookup(key_batch(pool.space, [])).tolist() == []
+
+
+def test_namespaces_do_not_meet(backend: Backend) -> None:
+    mine, theirs, keys = namespace(), namespace(model="model-b"), chain("a", 3)
+    store(backend, HostPool(mine, 3), keys)
+    pool = HostPool(theirs, 3)
+    assert not backend.lookup(key_batch(theirs, keys)).any()
+    assert wait(backend.read(pool.batch(keys))) == [Outcome.MISS] * 3
+
+
+def test_writing_again_is_a_hit_and_changes_nothing(backend: Backend) -> None:
+    space, keys = namespace(), chain("a", 4)
+    pool = HostPool(space, 4)
+    store(backend, pool, keys)
+    store(backend, pool, keys)
+    pool.poison()
+    assert wait(backend.read(pool.batch(keys))) == [Outcome.HIT] * 4
+    assert all(pool.right(page, key) for page, key in enumerate(keys))
+
+
+def test_remove_and_clear(backend: Backend) -> None:
+    mine, theirs, keys = namespace(), namespace(model="model-b"), chain("a", 6)
+    store(backend, HostPool(mine, 6), keys)
+    store(backend, HostPool(theirs, 6), keys)
+    assert backend.remove(key_batch(mine, keys[4:])) == 2
+    assert backend.remove(key_batch(mine, keys[4:])) == 0
+    assert backend.lookup(key_batch(mine, keys)).tolist() == [1, 1, 1, 1, 0, 0]
+    backend.clear([mine])
+    assert not backend.lookup(key_batch(mine, keys)).any()
+    assert backend.lookup(key_batch(theirs, keys)).all()
+    store(backend, HostPool(mine, 6), keys)
+
+
+def test_full_tier_keeps_serving_and_never_blocks(opener: Opener) -> None:
+    backend = opener(capacity=8 << 20)
+    space = namespace((65536, 65536))
+    pool = HostPool(space, 16)
+    for round_number in range(12):
+        outcomes = wait(backend.write(pool.write_batch(chain(f"c{round_number}", 16))))
+        assert set(outcomes) <= {Outcome.HIT, Outcome.REJECTED}
+    last = chain("c11", 16)
+    found = backend.lookup(key_batch(space, last)).astype(bool)
+    assert found.any()
+    pool.poison()
+    outcomes = wait(backend.read(pool.batch(last)))
+    assert [outcome == Outcome.HIT for outcome in outcomes] == found.tolist()
+    assert all(pool.right(page, key) for page, key in enumerate(last) if found[page])
+
+
+def test_residency_is_reported_once_each(backend: Backend) -> None:
+    space, keys = namespace(), chain("a", 5)
+    seen: list[tuple[Residency, bytes]] = []
+    threads: set[str] = set()
+
+    def listen(change: Residency, digest: bytes, packed: bytes) -> None:
+        assert digest == space.digest
+        threads.add(threading.current_thread().name)
+        seen.extend((change, packed[i : i + 32]) for i in range(0, len(packed), 32))
+
+    backend.on_residency(listen)
+    pool = HostPool(space, 5)
+    store(backend, pool, keys)
+    store(backend, pool, keys)
+    backend.remove(key_batch(space, keys[:2]))
+    drained = threading.Event()
+    backend.dispatcher.post(drained.set)
+    assert drained.wait(10)
+    assert sorted(seen) == sorted(
+        [(Residency.STORED, key) for key in keys] + [(Residency.REMOVED, key) for key in keys[:2]]
+    )
+    assert threads == {"hicache-dispatch"}
+
+
+def test_callbacks_run_on_the_dispatcher(backend: Backend) -> None:
+    pool = HostPool(namespace(), 2)
+    names: list[str] = []
+    called = threading.Event()
+
+    def done(_: Completion) -> None:
+        names.append(threading.current_thread().name)
+        called.set()
+
+    backend.write(pool.write_batch(chain("a", 2))).on_done(done)
+    assert called.wait(10)
+    assert names == ["hicache-dispatch"]
+
+
+def test_many_threads_at_once(backend: Backend) -> None:
+    space = namespace((16384, 16384))
+    wrong: list[str] = []
+
+    def work(who: int) -> None:
+        pool = HostPool(space, 16)
+        for turn in range(6):
+            keys = chain(f"shared{turn % 3}", 8) + chain(f"own{who}/{turn}", 8)
+            if Outcome.FAILED in wait(backend.write(pool.write_batch(keys))):
+                wrong.append("write failed")
+            pool.poison()
+            outcomes = wait(backend.read(pool.batch(keys)))
+            wrong.extend(
+                f"{who}/{turn}/{page}: {outcome!r}"
+                for page, outcome in enumerate(outcomes)
+                if outcome != Outcome.HIT or not pool.right(page, keys[page])
+            )
+
+    threads = [threading.Thread(target=work, args=(who,)) for who in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_close_under_load_is_short_and_leaves_nothing_open(backend: Backend) -> None:
+    space = namespace((65536, 65536))
+    pool = HostPool(space, 128)
+    keys = chain("a", 128)
+    store(backend, pool, keys)
+    pending = [backend.read(pool.batch(keys)) for _ in range(4)]
+    began = time.monotonic()
+    backend.close()
+    assert time.monotonic() - began < 8
+    for completion in pending:
+        assert set(wait(completion)) <= {Outcome.HIT, Outcome.TIMEOUT, Outcome.MISS, Outcome.FAILED}
+
+
+def test_capabilities_and_stats_are_told(backend: Backend) -> None:
+    assert backend.capabilities.medium in {"CPU", "DISK", "EXTERNAL"}
+    assert isinstance(backend.stats()["pages"], int)
+    assert isinstance(backend.lookup_local(key_batch(namespace(), chain("a", 1))), np.ndarray)

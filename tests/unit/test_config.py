@@ -1,0 +1,105 @@
+"""The configuration: what is accepted, and that each error names the key, the value and the fix."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from hicache_ext.config import SGLANG_KEYS, Config, ConfigError
+
+TIER = {"type": "memory", "capacity": "1GiB"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.json", json.dumps({"tiers": [TIER]})),
+        ("c.yaml", "tiers:\n  - {type: memory, capacity: 1GiB}\n"),
+        ("c.yml", "tiers: [{type: memory, capacity: 1073741824}]"),
+        ("c.toml", '[[tiers]]\ntype = "memory"\ncapacity = "1GiB"\n'),
+    ],
+)
+def test_every_file_format_gives_the_same(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    config = Config.load(tmp_path / name)
+    assert config.backend(0)[1].capacity == 1 << 30  # type: ignore[attr-defined]
+
+
+def test_sizes_in_both_families() -> None:
+    sizes = {"10GB": 10 * 10**9, "10GiB": 10 << 30, "10 GB": 10 * 10**9, 4096: 4096}
+    for text, expected in sizes.items():
+        options = Config.load({"tiers": [{"type": "memory", "capacity": text}]}).backend(0)[1]
+        assert options.capacity == expected  # type: ignore[attr-defined]
+
+
+def test_sglang_keys_are_accepted_and_not_ours() -> None:
+    config = Config.load({"tiers": [TIER], **dict.fromkeys(SGLANG_KEYS, 1)})
+    assert set(config.model_dump()) == {"tiers", "model", "salt"}
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"tiers": [TIER], "tires": 1}, ["tires = 1", "unknown key", "tiers"]),
+        ({}, ["tiers", "missing", "Fix"]),
+        ({"tiers": []}, ["tiers", "at least 1"]),
+        ({"tiers": [{"capacity": 1}]}, ["tiers[0].type", "missing"]),
+        ({"tiers": [{"type": "floppy"}]}, ["tiers[0].type = 'floppy'", "no such backend", "local, memory"]),
+        ({"tiers": [{"type": "nowhere:Nothing"}]}, ["nowhere", "does not import"]),
+        ({"tiers": [{"type": "json:JSONDecoder"}]}, ["is not a storage_backends.base.Backend"]),
+        ({"tiers": [{"type": "memory", "capacity": "10GX"}]}, ["tiers[0].capacity = '10GX'", "not a size", "10GiB"]),
+        ({"tiers": [{"type": "memory", "capacty": 1}]}, ["tiers[0].capacty", "unknown key", "capacity"]),
+        ({"tiers": [TIER, TIER]}, ["two are called 'memory'", "name"]),
+        ({"tiers": [{"type": "local", "path": "/tmp/x"}]}, ["tiers[0].capacity", "missing"]),
+    ],
+)
+def test_errors_name_key_and_fix(values: dict[str, object], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.load(values)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "Fix:" in str(caught.value)
+
+
+def test_a_capacity_beyond_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tiers\[0\].capacity = .*the disk of .* has .*Fix: lower it"):
+        Config.load({"tiers": [{"type": "local", "path": str(tmp_path / "t"), "capacity": "900PiB"}]})
+    assert not (tmp_path / "t").exists(), "a check changes nothing"
+
+
+def test_a_path_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"tiers\[0\].path = .*is not a directory"):
+        Config.load({"tiers": [{"type": "local", "path": str(tmp_path / "file" / "t"), "capacity": "2MiB"}]})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_path_that_is_not_writable(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="not writable"):
+        Config.load({"tiers": [{"type": "local", "path": str(tmp_path / "t"), "capacity": "2MiB"}]})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("c.json", "{", "not valid json"),
+        ("c.yaml", "a: [", "not valid yaml"),
+        ("c.toml", "=", "not valid toml"),
+        ("c.ini", "x", "ending '.ini' is unknown"),
+        ("c.yaml", "just text", "holds no keys"),
+        ("c.yaml", "", "holds no keys"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, name: str, text: str, part: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=part):
+        Config.load(tmp_path / name)
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Config.load("/nowhere/at/all.yaml")
