@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -280,20 +280,25 @@ class LocalBackend(Backend):
         known: list[tuple[int, Outcome]] = []
         with self._lock:
             self._lookup(batch)  # links parents, touches the chain
-            protected: frozenset[bytes] | None = None
+            chain: frozenset[bytes] | None = None
+            refused: set[bytes] = set()
 
-            def ancestors() -> frozenset[bytes]:
-                nonlocal protected
-                if protected is None:
-                    protected = frozenset(self._chain(batch))
-                return protected
+            def protected() -> frozenset[bytes] | None:
+                """What must not go for this page: its chain. And nothing may, when its parent is not here to stay."""
+                nonlocal chain
+                parent = batch.parent(page)
+                if chain is None:
+                    chain = frozenset(self._chain(batch))
+                if parent is None or (parent in chain and parent not in refused):
+                    return chain
+                return None
 
             for page in range(len(batch)):
                 if self._index.get(batch.namespace.digest, batch.key(page)) is not None:
                     known.append((page, Outcome.HIT))
                     continue
                 try:
-                    place = self._allocate(batch.namespace, io.shape, ancestors)
+                    place = self._allocate(batch.namespace, io.shape, protected)
                 except OSError as error:
                     self._say("allocate", "no room can be made: %s", error)
                     self._counts["io_errors"] += 1
@@ -302,6 +307,7 @@ class LocalBackend(Backend):
                 if place is None:
                     self._counts["rejected_no_room"] += 1
                     known.append((page, Outcome.REJECTED))
+                    refused.add(batch.key(page))
                     continue
                 todo.append((page, *place))
         completion.settle_many([page for page, _ in known], [outcome for _, outcome in known])
@@ -327,7 +333,9 @@ class LocalBackend(Backend):
         for key in self._head(batch):
             yield from self._index.ancestors(batch.namespace.digest, key)
 
-    def _allocate(self, namespace: Namespace, shape: SlotShape, protected) -> tuple[Extent, int, int] | None:
+    def _allocate(
+        self, namespace: Namespace, shape: SlotShape, protected: Callable[[], frozenset[bytes] | None]
+    ) -> tuple[Extent, int, int] | None:
         if self._gone:
             raise OSError(errno.ENOENT, "the tier's directory is gone")
         directory = self._directory

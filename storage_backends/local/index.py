@@ -174,19 +174,20 @@ class Index:
             if owner == folder:
                 yield from list(entries.values())
 
-    def descendants(self, entry: Entry) -> list[Entry]:
-        """Own pages below `entry`, deepest first. Walks the namespace once: for rare, large removals only."""
-        space = self.spaces[entry.namespace]
+    def descendants(self, roots: Iterable[Entry]) -> list[Entry]:
+        """Own pages below these pages of one namespace. Walks the namespace once: for rare, large removals only."""
+        level = list(roots)
+        if not level:
+            return []
         below: dict[bytes, list[Entry]] = {}
-        for other in space.entries.values():
-            if other.own:
+        for other in self.spaces[level[0].namespace].entries.values():
+            if other.own and other.parent != NO_PARENT:
                 below.setdefault(other.parent, []).append(other)
-        found: list[Entry] = []
-        level = [entry]
+        found: dict[Entry, None] = {}
         while level:
-            level = [child for node in level for child in below.get(node.key, ())]
-            found.extend(level)
-        return found[::-1]
+            level = [child for node in level for child in below.get(node.key, ()) if child not in found]
+            found.update(dict.fromkeys(level))
+        return list(found)[::-1]
 
     def adopt(self, folder: int) -> None:
         """This process became the writer of `folder`: its pages are ours to evict, in the order in which they came."""

@@ -106,11 +106,12 @@ class Writer:
     # -- room ----------------------------------------------------------------------------------------------------
 
     def allocate(
-        self, namespace: Namespace, shape: SlotShape, share: int, protected: Callable[[], frozenset[bytes]]
+        self, namespace: Namespace, shape: SlotShape, share: int, protected: Callable[[], frozenset[bytes] | None]
     ) -> Place | None:
         """A slot for one page, pinned; evicts for it within `share` bytes of disk. None when there is no room.
 
-        protected: gives the keys that may not be evicted for it (asked only when something must go).
+        protected: gives the keys that may not be evicted for it, or None when nothing may (asked only when
+        something must go).
 
         OSError when an extent could not be made for another reason than a full disk and nothing could be evicted.
         """
@@ -131,7 +132,10 @@ class Writer:
                     failed = error
                     if error.errno in (errno.ENOSPC, errno.EDQUOT):
                         self.disk_full_until = time.monotonic() + _DISK_FULL_SECONDS
-            if self._reclaim_from_larger(digest) or self._evict_one(digest, protected()) or self._reclaim_coldest(digest):
+            keep = protected()
+            if keep is not None and (
+                self._reclaim_from_larger(digest) or self._evict_one(digest, keep) or self._reclaim_coldest(digest)
+            ):
                 continue
             if failed is not None and failed.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise failed
@@ -188,17 +192,21 @@ class Writer:
         return coldest is not None and self._reclaim(coldest)
 
     def _reclaim(self, namespace: bytes) -> bool:
-        """Delete the extent of `namespace` that holds the fewest pages, with all that hangs below them."""
-        idle = [e for e in self.extents.values() if e.header.namespace == namespace and not e.pins]
+        """Delete the extent of `namespace` that was used the longest ago, with all that hangs below its pages."""
+        idle = {n: e for n, e in self.extents.items() if e.header.namespace == namespace and not e.pins}
         if not idle:
             return False
-        extent = min(idle, key=lambda e: len(self._index.in_extent(self.number, e.number)))
-        entries = self._index.in_extent(self.number, extent.number)
-        doomed: dict[Entry, None] = {}
-        for entry in entries:
-            doomed.update(dict.fromkeys(self._index.descendants(entry)))
+        last_use = dict.fromkeys(idle, -1)
+        space = self._index.spaces.get(namespace)
+        if space is not None:
+            for place, key in enumerate(space.order):
+                number = space.entries[key].extent
+                if number in last_use:
+                    last_use[number] = place
+        number = min(last_use, key=last_use.__getitem__)
+        doomed = self._index.descendants(self._index.in_extent(self.number, number))
         self.forget([entry for entry in doomed if not entry.pins], "evicted")
-        self.drop_extent(extent.number, "evicted")
+        self.drop_extent(number, "evicted")
         return True
 
     def shrink(self, share: int) -> None:
