@@ -284,15 +284,17 @@ GROUPS = ((0, 1024), (1024, 2048), (2048, LONGEST_PROMPT + 1))
 
 def table(result: dict[str, Any]) -> Table:
     """Rows by prompt length and in total, from `summarize`'s result."""
+    host = DEVICE_TOKENS * HOST_RATIO
+    # Broken by hand: a caption that wraps at the table's width is hard to read.
     shown = Table(
         title=f"Replay after a restart, tier: {result['backend']}",
         caption=(
-            f"Requests of a conversation trace, one at a time; each 512-token block is {TOKENS_PER_BLOCK} random tokens, "
-            f"prompts are\ncut to {LONGEST_PROMPT:,}, {NEW_TOKENS} greedy tokens each. A tiny random Llama in float32 on "
-            f"the CPU; device {DEVICE_TOKENS:,} tokens,\nhost {DEVICE_TOKENS * HOST_RATIO:,}, pages of {PAGE_SIZE}. Times to "
-            "first token are medians over the requests that the tier served.\nCold: the first run, whose tier was empty; "
-            "only blocks shared with earlier requests were in memory.\nLocal: after the restart. A run on a CPU shows that "
-            "it works and says nothing of a GPU's speed."
+            f"Requests of a conversation trace, one at a time; each 512-token block is {TOKENS_PER_BLOCK} random\n"
+            f"tokens, prompts are cut to {LONGEST_PROMPT:,} tokens, {NEW_TOKENS} greedy tokens each. A tiny random\n"
+            f"Llama in float32; device {DEVICE_TOKENS:,} tokens, host {host:,}, pages of {PAGE_SIZE}. Times to first\n"
+            "token are medians over the requests that the tier served. Cold: the first run, whose tier was\n"
+            "empty; only blocks shared with earlier requests were in memory. Local: after the restart, from\n"
+            "the tier. A run on a CPU shows that it works and says nothing of a GPU's speed."
         ),
         caption_justify="left",
     )

@@ -69,8 +69,8 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def stop(self, patience_s: float = 30.0) -> None:
-        """SIGTERM, then SIGKILL for whatever is left of the session after `patience_s`."""
+    def stop(self, patience_s: float = 30.0, grace_s: float = 10.0) -> None:
+        """SIGTERM; SIGKILL for the launcher after `patience_s` and for what it leaves behind after `grace_s` more."""
         if self.process is None:
             return
         self._signal(signal.SIGTERM)
@@ -79,7 +79,7 @@ class Server:
         except subprocess.TimeoutExpired:
             pass
         # Schedulers may outlive the launcher; a leftover one would hold the port, memory and the store.
-        end = time.monotonic() + 10
+        end = time.monotonic() + grace_s
         while self._signal(0) and time.monotonic() < end:
             time.sleep(0.1)
         self._signal(signal.SIGKILL)
