@@ -6,6 +6,7 @@ does with the answers.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -43,6 +44,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _wait_until_gone(group: int, limit_s: float) -> None:
+    """Waits for a process group to have no running member. Zombies do not count: nobody may be there to reap them."""
+    end = time.monotonic() + limit_s
+    while _running(group) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _running(group: int) -> bool:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # After the command's name, which may hold anything: state, parent, process group.
+            state, _, member_of = stat.read_text(errors="replace").rsplit(")", 1)[1].split()[:3]
+        except OSError:
+            continue  # it ended meanwhile
+        if int(member_of) == group and state not in "ZX":
+            return True
+    return False
+
+
 @dataclass
 class Server:
     """A server process in a session of its own: stopping it reaches the schedulers that it starts."""
@@ -74,26 +94,20 @@ class Server:
         if self.process is None:
             return
         self._signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            pass
         # Schedulers may outlive the launcher; a leftover one would hold the port, memory and the store.
-        end = time.monotonic() + grace_s
-        while self._signal(0) and time.monotonic() < end:
-            time.sleep(0.1)
+        group = self.process.pid
+        _wait_until_gone(group, grace_s)
         self._signal(signal.SIGKILL)
         self.process.wait()
+        _wait_until_gone(group, grace_s)
         self.process = None
 
-    def _signal(self, number: int) -> bool:
-        """Sends to the whole process group; whether anyone was there."""
+    def _signal(self, number: int) -> None:
         assert self.process is not None
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            return False
-        return True
 
     def failed(self, what: str) -> ServerFailed:
         """An error that shows the end of the log."""
