@@ -56,11 +56,12 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """folder: everything that the demo writes; its `cache` is emptied at the start."""
+    """folder: everything that the demo writes; its `cache` is emptied at the start. flags: more for the server."""
 
     folder: Path
     backend: Backend
     prompts: list[list[int]]
+    flags: tuple[str, ...] = ()
 
     @property
     def store(self) -> Path:
@@ -74,6 +75,10 @@ def demo(
     folder: Annotated[Path, typer.Option("--dir", help="Model, logs, configuration and cache.")] = Path("build/demo"),
     json_file: Annotated[Path, typer.Option("--json", help="Where the result goes.")] = Path("build/demo.json"),
     trace: Annotated[Path, typer.Option(help="Trace in Mooncake's format, JSON lines.")] = TRACE,
+    flags: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- SGLANG FLAGS]", help="Added to the launch line; the last one wins."),
+    ] = None,
 ) -> None:
     """Run the real SGLang server, restart it, and show what the local tier gave back.
 
@@ -88,7 +93,7 @@ def demo(
         prompts = [prompt_tokens(request, tiny_model.VOCABULARY) for request in load_trace(trace, requests)]
         if not prompts:
             raise ValueError(f"{trace}: holds no requests")
-        result = run(Settings(folder.absolute(), backend, prompts), console)
+        result = run(Settings(folder.absolute(), backend, prompts, tuple(flags or ())), console)
     except FileNotFoundError as error:
         console.print(f"[red]missing:[/] {error}. The demo runs in a source checkout, in what `make venv` made.")
         raise typer.Exit(1) from error
@@ -140,6 +145,7 @@ def launch_line(settings: Settings, model: Path, config: Path, port: int) -> lis
         *("--hicache-mem-layout", "page_first_direct", "--hicache-write-policy", "write_through"),
         *("--hicache-storage-backend", str(settings.backend), "--hicache-storage-prefetch-policy", "wait_complete"),
         *("--hicache-storage-backend-extra-config", f"@{config}"),
+        *settings.flags,
     ]
 
 
