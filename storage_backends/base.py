@@ -272,7 +272,7 @@ class Backend(ABC):
         self._listener: ResidencyListener | None = None
 
     @classmethod
-    def check(cls, options: BackendOptions) -> None:  # noqa: B027 - optional, not abstract
+    def check(cls, options: BackendOptions) -> None:
         """Raise OptionError for options that parse but cannot work on this machine. Changes nothing."""
 
     @abstractmethod
@@ -299,7 +299,7 @@ class Backend(ABC):
         """Forget every page of these namespaces."""
         raise NotImplementedError(f"{type(self).__name__} cannot clear a namespace")
 
-    def register_memory(self, address: int, length: int) -> None:  # noqa: B027 - optional, not abstract
+    def register_memory(self, address: int, length: int) -> None:
         """The caller's pool lies here: register it with the device or the server where that pays."""
 
     def on_residency(self, listener: ResidencyListener | None) -> None:
@@ -316,7 +316,7 @@ class Backend(ABC):
         """Counters and gauges by name. Cheap: may be called every second."""
         return {}
 
-    def close(self) -> None:  # noqa: B027 - optional, not abstract
+    def close(self) -> None:
         """Stop and let go of every resource within CLOSE_SECONDS."""
 
 

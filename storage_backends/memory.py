@@ -13,7 +13,6 @@ import numpy as np
 from pydantic import ByteSize
 
 from hicache_ext.page import Namespace
-
 from storage_backends.base import (
     BackendOptions,
     BlockingBackend,

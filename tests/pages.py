@@ -32,7 +32,7 @@ def content(space: Namespace, key: bytes) -> np.ndarray:
 
 
 class HostPool:
-    """`pages` pages of one namespace's layout in one block of memory, each buffer aligned to 4 KiB (or off by `skew`)."""
+    """`pages` pages of one namespace in one block of memory, each buffer aligned to 4 KiB (or off by `skew`)."""
 
     def __init__(self, space: Namespace, pages: int, skew: int = 0) -> None:
         self.space = space

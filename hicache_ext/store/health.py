@@ -16,7 +16,7 @@ class State(Enum):
 
 
 class Health:
-    """failures: consecutive bad batches that open it. backoff: seconds until the first probe, doubled up to `longest`."""
+    """failures: consecutive bad batches that open it. backoff: seconds to the first probe, doubled up to `longest`."""
 
     def __init__(self, failures: int = 3, backoff: float = 1.0, longest: float = 60.0) -> None:
         self.state = State.CLOSED

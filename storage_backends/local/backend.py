@@ -101,7 +101,7 @@ class LocalBackend(Backend):
         room = disk.f_bavail * disk.f_frsize + ours
         if options.capacity > room:
             raise OptionError(
-                "capacity", options.capacity.human_readable(), f"the disk of {place} has {ByteSize(room).human_readable()}",
+                "capacity", options.capacity.human_readable(), f"the disk has {ByteSize(room).human_readable()}",
                 "lower it, or name a directory on a larger disk",
             )  # fmt: skip
 
@@ -123,9 +123,7 @@ class LocalBackend(Backend):
                 "path", str(options.path), f"holds another format: {error}",
                 "use the program version that wrote it, or another directory, or delete this one",
             ) from error  # fmt: skip
-        self.capabilities = Capabilities(
-            persistent=True, shared=True, alignment=self._direct.alignment, medium="DISK"
-        )
+        self.capabilities = Capabilities(persistent=True, shared=True, alignment=self._direct.alignment, medium="DISK")
         self._engine: IoEngine = open_engine(options.engine)
         self._zeroes = SlotIo(SlotShape(BLOCK, 0, BLOCK, 0), BLOCK)
         logger.info(
@@ -176,6 +174,8 @@ class LocalBackend(Backend):
         todo: list[tuple[int, Entry, Extent]] = []
         missing = []
         with self._lock:
+            if any(self._index.get(digest, batch.key(page)) is None for page in range(len(batch))):
+                self._directory.refresh()
             for page in range(len(batch)):
                 entry = self._index.get(digest, batch.key(page))
                 extent = None if entry is None else self._extent(entry)
@@ -249,12 +249,14 @@ class LocalBackend(Backend):
             self._counts[reason] += 1
 
     def _erase(self, extent: Extent, slot: int) -> None:
-        """Overwrite a slot's header, so that no later scan takes the page in again. The slot is pinned by the caller."""
+        """Overwrite a slot's header, so that no later scan takes the page in again. The caller has it pinned."""
         header = self._zeroes._headers.take()
         assert header is not None
         try:
             if not extent.doomed:
-                view = SlotMemory(header, False, np.empty(0), np.empty(0), np.empty(0), 0).header_view(self._zeroes.shape)
+                view = SlotMemory(header, False, np.empty(0), np.empty(0), np.empty(0), 0).header_view(
+                    self._zeroes.shape
+                )
                 view[:] = bytes(BLOCK)
                 os.pwrite(extent.fd, view, extent.header.slot_offset(slot))
         except OSError as error:
@@ -266,10 +268,10 @@ class LocalBackend(Backend):
         entry.pins -= 1
         extent.unpin()
         writer = self._directory.writer
-        if not entry.pins and entry.own and writer is not None and not extent.doomed:
+        gone = self._index.at(entry.folder, entry.extent, entry.slot) is not entry
+        if gone and entry.own and not entry.pins and writer is not None:
             # Removed while it was being read: its slot could not be freed then.
-            if self._index.at(entry.folder, entry.extent, entry.slot) is not entry:
-                writer.give_back(extent, entry.slot)
+            writer.give_back(extent, entry.slot)
 
     # -- write ---------------------------------------------------------------------------------------------------
 
@@ -279,6 +281,7 @@ class LocalBackend(Backend):
         todo: list[tuple[int, Extent, int, int]] = []
         known: list[tuple[int, Outcome]] = []
         with self._lock:
+            self._directory.refresh()  # what another writer has is not written twice
             self._lookup(batch)  # links parents, touches the chain
             chain: frozenset[bytes] | None = None
             refused: set[bytes] = set()
@@ -339,11 +342,9 @@ class LocalBackend(Backend):
         if self._gone:
             raise OSError(errno.ENOENT, "the tier's directory is gone")
         directory = self._directory
-        if directory.writer is None:
+        if (writer := directory.writer) is None:
             writer = directory.claim(namespace.digest, self._removed)
             self._recover()
-        writer = directory.writer
-        assert writer is not None
         while True:
             place = writer.allocate(namespace, shape, directory.share, protected)
             if place is not None:
@@ -373,9 +374,16 @@ class LocalBackend(Backend):
                 writer.publish(
                     [
                         Entry(
-                            header.namespace, header.key, header.parent, writer.number, flight.extent.number,
-                            flight.slot, header.generation, own=True, time_ns=header.time_ns,
-                        )  # fmt: skip
+                            header.namespace,
+                            header.key,
+                            header.parent,
+                            writer.number,
+                            flight.extent.number,
+                            flight.slot,
+                            header.generation,
+                            own=True,
+                            time_ns=header.time_ns,
+                        )
                     ]
                 )
                 self._index.touch(header.namespace, [header.key])
@@ -466,14 +474,21 @@ class LocalBackend(Backend):
         done = self._write_done if write else self._read_done
         offset = flight.extent.header.slot_offset(flight.slot)
         return Transfer(
-            flight.extent.fd, offset, flight.memory.iov, write, lambda moved: done(flight, moved), flight.completion.cancelled
+            flight.extent.fd,
+            offset,
+            flight.memory.iov,
+            write,
+            lambda moved: done(flight, moved),
+            flight.completion.cancelled,
         )
 
     def _count_way(self, bounced: bool, pages: int) -> None:
         with self._lock:
             self._counts["pages_bounced" if bounced else "pages_direct"] += pages
         if bounced and pages:
-            self._say("bounce", "pages of this pool are not aligned for direct I/O and go through a bounce buffer%s", "")
+            self._say(
+                "bounce", "pages of this pool are not aligned for direct I/O and go through a bounce buffer%s", ""
+            )
 
     def _say(self, kind: str, message: str, *args: object) -> None:
         """Log the first of its kind; the counts tell of the others."""

@@ -134,7 +134,7 @@ class Directory:
         return False
 
     def clear(self, namespaces: set[bytes]) -> None:
-        """Forget these namespaces: delete our extents and those of abandoned folders, disregard other writers' pages."""
+        """Forget these namespaces: delete our and abandoned folders' extents, disregard other writers' pages."""
         if self.writer is not None:
             for digest in namespaces:
                 self.writer.drop_namespace(digest)
@@ -186,7 +186,7 @@ def _prepare(path: Path) -> int:
                 line = marker.read_text()
             if line != FORMAT_LINE.format(VERSION):
                 raise OptionError(
-                    "path", str(path), f"holds another format: {line.strip()[:80]!r}, this program writes format {VERSION}",
+                    "path", str(path), f"holds {line.strip()[:80]!r}, and this program writes format {VERSION}",
                     "use the program version that wrote it, or another directory, or delete this one",
                 ) from None  # fmt: skip
         return os.stat(marker).st_ino

@@ -54,12 +54,11 @@ def extent_path(folder: Path, number: int) -> Path:
 
 def extent_numbers(folder: Path) -> list[int]:
     """Numbers of the extents in a folder, ascending."""
-    names = []
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(folder):
-            if name.startswith("e") and name.endswith(".ext") and name[1:-4].isdigit():
-                names.append(int(name[1:-4]))
-    return sorted(names)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(n[1:-4]) for n in names if n.startswith("e") and n.endswith(".ext") and n[1:-4].isdigit())
 
 
 def read_extent_header(path: Path) -> ExtentHeader:
@@ -112,9 +111,16 @@ class Folder:
                     return  # two writers stored the same page: one copy is enough to know of
                 index.insert(
                     Entry(
-                        record.namespace, record.key, record.parent, self.number, record.extent, record.slot,
-                        record.generation, own=False, time_ns=record.time_ns,
-                    )  # fmt: skip
+                        record.namespace,
+                        record.key,
+                        record.parent,
+                        self.number,
+                        record.extent,
+                        record.slot,
+                        record.generation,
+                        own=False,
+                        time_ns=record.time_ns,
+                    )
                 )
             case Kind.REMOVED:
                 entry = index.at(self.number, record.extent, record.slot)

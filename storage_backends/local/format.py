@@ -205,7 +205,7 @@ class SlotHeader:
 
     @classmethod
     def decode(cls, raw: bytes | memoryview) -> SlotHeader:
-        """From at least the header's bytes. Raises FormatError, UnknownVersion; never trusts a length it has not checked."""
+        """From at least the header's bytes. Raises FormatError, UnknownVersion; trusts no length it has not checked."""
         if len(raw) < BLOCK:
             raise FormatError("truncated slot header")
         (magic, version, flags, size, namespace, key, parent, generation, time_ns, payload, buffers, chunks, chunk,

@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass
 class Space:
-    """The pages of one namespace. order: own pages, oldest first. children: resident children per page, own and others'."""
+    """The pages of one namespace. order: own pages, oldest first. own_, other_children: resident ones per page."""
 
     entries: dict[bytes, Entry] = field(default_factory=dict)
     order: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
@@ -104,7 +104,7 @@ class Index:
             self._count_child(space, entry, 1)
 
     def touch(self, namespace: bytes, keys: Iterable[bytes]) -> None:
-        """Mark these pages and all their known ancestors as used: each chain from its end up, so that ancestors are last."""
+        """Mark these pages and their known ancestors as used: each chain from its end up, ancestors last."""
         space = self.spaces.get(namespace)
         if space is None:
             return
@@ -149,9 +149,7 @@ class Index:
 
     def coldest(self, candidates: Iterable[bytes]) -> bytes | None:
         """The namespace among `candidates` whose pages were touched the longest ago."""
-        return min(
-            candidates, key=lambda n: self.spaces[n].touched if n in self.spaces else 0, default=None
-        )
+        return min(candidates, key=lambda n: self.spaces[n].touched if n in self.spaces else 0, default=None)
 
     def in_extent(self, folder: int, extent: int) -> list[Entry]:
         return list(self._extents.get((folder, extent), {}).values())

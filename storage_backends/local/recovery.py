@@ -26,9 +26,7 @@ _PROGRESS_SECONDS = 5.0
 _HEADER_ROOM = 1 << 20
 
 
-def scan(
-    places: list[tuple[Extent, int]], writer: Writer, lock: threading.RLock, stop: threading.Event
-) -> int:
+def scan(places: list[tuple[Extent, int]], writer: Writer, lock: threading.RLock, stop: threading.Event) -> int:
     """Read the headers of `places`, give valid ones to the writer; how many pages came back.
 
     Each header is read while its slot is pinned by nothing: a write into the same slot at the same time makes the

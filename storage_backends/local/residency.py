@@ -59,9 +59,16 @@ class Record(NamedTuple):
     def encode(self) -> bytes:
         raw = bytearray(
             _RECORD.pack(
-                0, self.kind, self.extent, self.slot, self.generation, self.time_ns,
-                self.namespace, self.key, self.parent,
-            )  # fmt: skip
+                0,
+                self.kind,
+                self.extent,
+                self.slot,
+                self.generation,
+                self.time_ns,
+                self.namespace,
+                self.key,
+                self.parent,
+            )
         )
         struct.pack_into("<I", raw, 0, crc32c(memoryview(raw)[4:]))
         return bytes(raw)

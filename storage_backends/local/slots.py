@@ -62,19 +62,18 @@ class SlotIo:
         first, last = int(batch.offsets[page]), int(batch.offsets[page + 1])
         addresses, lengths = batch.addresses[first:last], batch.lengths[first:last]
         if not bounced:
-            header = self._headers.take()
+            header = self._take(self._headers)
             iov = np.empty((1 + len(addresses), 2), np.uint64)
             iov[0] = (header, self.shape.header_bytes)
             iov[1:, 0], iov[1:, 1] = addresses, lengths
             length = self.shape.header_bytes + self.shape.payload_bytes
         else:
-            header = self._bounce_pool().take()
+            header = self._take(self._bounce_pool())
             starts = np.zeros(len(lengths), np.uint64)
             np.cumsum(lengths[:-1], out=starts[1:])
-            addresses = starts + np.uint64((header or 0) + self.shape.header_bytes)
+            addresses = starts + np.uint64(header + self.shape.header_bytes)
             length = self.shape.slot_bytes
             iov = np.array([[header, length]], np.uint64)
-        assert header is not None  # take() without a timeout waits
         return SlotMemory(header, bounced, addresses, lengths, iov, length)
 
     def give(self, memory: SlotMemory) -> None:
@@ -110,6 +109,12 @@ class SlotIo:
             for j, (address, length) in enumerate(zip(memory.addresses, memory.lengths, strict=True)):
                 ctypes.memmove(int(batch.addresses[first + j]), int(address), int(length))
         return Verdict.VALID, header
+
+    @staticmethod
+    def _take(pool: BufferPool) -> int:
+        address = pool.take()
+        assert address is not None  # take() without a timeout waits
+        return address
 
     def _bounce_pool(self) -> BufferPool:
         if self._bounce is None:

@@ -177,7 +177,7 @@ class Writer:
         return True
 
     def _reclaim_from_larger(self, digest: bytes) -> bool:
-        """Take an extent from a colder namespace that has more of them: a new namespace must not starve in one extent."""
+        """Take an extent from a colder namespace that has more: a new namespace must not starve in one extent."""
         counts: dict[bytes, int] = {}
         for extent in self.extents.values():
             counts[extent.header.namespace] = counts.get(extent.header.namespace, 0) + 1
@@ -235,10 +235,7 @@ class Writer:
         """Remove own pages from index and log, and free their slots."""
         gone = [entry for entry in entries if self._index.remove(entry)]
         self._append(
-            [
-                Record(Kind.REMOVED, e.extent, e.slot, e.generation, time.time_ns(), e.namespace, e.key)
-                for e in gone
-            ]
+            [Record(Kind.REMOVED, e.extent, e.slot, e.generation, time.time_ns(), e.namespace, e.key) for e in gone]
         )
         for entry in gone:
             self._give_slot(entry)

@@ -65,7 +65,7 @@ def test_errors_name_key_and_fix(values: dict[str, object], parts: list[str]) ->
 
 
 def test_a_capacity_beyond_the_disk(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tiers\[0\].capacity = .*the disk of .* has .*Fix: lower it"):
+    with pytest.raises(ConfigError, match=r"tiers\[0\].capacity = .*the disk has .*Fix: lower it"):
         Config.load({"tiers": [{"type": "local", "path": str(tmp_path / "t"), "capacity": "900PiB"}]})
     assert not (tmp_path / "t").exists(), "a check changes nothing"
 

@@ -124,7 +124,8 @@ def test_a_chain_longer_than_the_tier_keeps_its_head(tier: Open) -> None:
         outcomes += store(backend, space, keys[at : at + 20], keys[at - 1] if at else None)
     assert set(outcomes) == {Outcome.HIT, Outcome.REJECTED}
     kept = found(backend, space, keys)
-    assert kept == sorted(kept, reverse=True) and sum(kept) > 40
+    assert kept == sorted(kept, reverse=True)
+    assert sum(kept) > 40
 
 
 @pytest.mark.parametrize("capacity", [16 * MIB, 128 * MIB])

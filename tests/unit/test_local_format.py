@@ -16,7 +16,9 @@ from storage_backends.local.residency import Kind, Record
 
 GOLDEN = Path(__file__).parent / "golden_format_v1.bin"
 
-EXTENT = ExtentHeader(7, 2 * BLOCK + 4096, BLOCK + 3 * (2 * BLOCK + 4096), 3, 5, b"namespace-digest", 1234567890, b'{"a":1}')
+EXTENT = ExtentHeader(
+    7, 2 * BLOCK + 4096, BLOCK + 3 * (2 * BLOCK + 4096), 3, 5, b"namespace-digest", 1234567890, b'{"a":1}'
+)
 SLOT = SlotHeader(
     b"namespace-digest", b"k" * 32, b"p" * 32, 8, 987654321, (70000, 4096), np.array([1, 2, 0xFFFFFFFF], np.uint32),
     "kv", np.arange(16, dtype=np.uint32), -5, 6, "tenant", "lora",
@@ -63,9 +65,9 @@ def test_checksum_is_crc32c_per_64_kib_restarting_at_each_buffer() -> None:
 def test_no_flipped_byte_of_a_header_passes(at: int, flip: int) -> None:
     raw = bytearray(GOLDEN.read_bytes()[: 2 * BLOCK])
     raw[at] ^= flip
+    decode, header = (ExtentHeader.decode, raw[:BLOCK]) if at < BLOCK else (SlotHeader.decode, raw[BLOCK:])
     with pytest.raises(FormatError):
-        ExtentHeader.decode(raw[:BLOCK])
-        SlotHeader.decode(raw[BLOCK:])
+        decode(header)
 
 
 @given(st.integers(0, 127), st.integers(1, 255))
@@ -98,7 +100,8 @@ def test_a_sealed_header_with_wild_numbers_never_crashes(at: int, wild: bytes) -
         header = SlotHeader.decode(_resealed(raw, 140))
     except FormatError:
         return
-    assert sum(header.lengths) == 74096 and len(header.crcs) == 3
+    assert sum(header.lengths) == 74096
+    assert len(header.crcs) == 3
 
 
 def test_an_unknown_version_says_so() -> None:
@@ -118,7 +121,8 @@ def test_an_unknown_version_says_so() -> None:
 )
 def test_every_shape_holds_its_header(lengths: tuple[int, ...], tokens: int, with_tokens: bool, salt: str) -> None:
     shape = SlotShape.of(lengths, tokens)
-    assert shape.header_bytes % BLOCK == 0 and shape.slot_bytes % BLOCK == 0
+    assert shape.header_bytes % BLOCK == 0
+    assert shape.slot_bytes % BLOCK == 0
     assert shape.slot_bytes >= shape.header_bytes + sum(lengths)
     given_tokens = np.arange(tokens, dtype=np.uint32) if with_tokens else None
     crcs = np.arange(shape.chunks, dtype=np.uint32)
@@ -127,9 +131,12 @@ def test_every_shape_holds_its_header(lengths: tuple[int, ...], tokens: int, wit
     raw = bytearray(shape.header_bytes)
     header.encode_into(memoryview(raw))
     back = SlotHeader.decode(bytes(raw))
-    assert back.lengths == lengths and back.key == key and np.array_equal(back.crcs, crcs)
+    assert back.lengths == lengths
+    assert back.key == key
+    assert np.array_equal(back.crcs, crcs)
     assert back.salt in (salt, "")
     if with_tokens:
-        assert back.tokens is not None and np.array_equal(back.tokens, given_tokens)
+        assert back.tokens is not None
+        assert np.array_equal(back.tokens, given_tokens)
     else:
         assert back.tokens is None
