@@ -16,7 +16,7 @@ import errno
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from storage_backends.local.engine import EngineUnavailable
 
@@ -53,15 +53,25 @@ class Completed(ctypes.Structure):
     _fields_ = (("user_data", ctypes.c_uint64), ("res", ctypes.c_int32), ("flags", ctypes.c_uint32))
 
 
-def load() -> ctypes.CDLL:
+class Library(NamedTuple):
+    """The same library twice. quick: for calls that take less than giving up the GIL and waiting for it again does.
+    slow: for calls that enter the kernel, without the GIL.
+    """
+
+    quick: ctypes.PyDLL
+    slow: ctypes.CDLL
+
+
+def load() -> Library:
     """The library with its signatures set. Raises EngineUnavailable."""
     problems = []
     for path in _candidates():
         try:
-            library = ctypes.CDLL(path)  # CDLL gives up the GIL during every call
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(library, name)
-                function.restype, function.argtypes = result, arguments
+            library = Library(ctypes.PyDLL(path), ctypes.CDLL(path))
+            for handle in library:
+                for name, (result, arguments) in _SIGNATURES.items():
+                    function = getattr(handle, name)
+                    function.restype, function.argtypes = result, arguments
             return library
         except (OSError, AttributeError) as error:
             problems.append(f"{Path(path).name}: {error}")
@@ -82,7 +92,8 @@ class Ring:
     """One ring, for the thread that made it alone. Numbers and addresses in, (user data, result) out."""
 
     def __init__(self, entries: int) -> None:
-        self._library = load()
+        library = load()
+        self._quick, self._slow = library.quick, library.slow
         self._ring = ctypes.create_string_buffer(_RING_BYTES)
         self._at = ctypes.addressof(self._ring)
         self._ready = (ctypes.POINTER(Completed) * entries)()
@@ -90,49 +101,49 @@ class Ring:
         common = SETUP_SUBMIT_ALL | SETUP_COOP_TASKRUN
         # Linux 6.1 with deferred task work is the cheapest; 5.19; anything older.
         for flags in (common | SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN, common, 0):
-            result = self._library.io_uring_queue_init(entries, self._at, flags)
+            result = self._slow.io_uring_queue_init(entries, self._at, flags)
             if result != -errno.EINVAL:
                 break
         if result < 0:
             raise EngineUnavailable(_explain(-result))
-        self._library.io_uring_ring_dontfork(self._at)
+        self._slow.io_uring_ring_dontfork(self._at)
 
     def prepare(self, write: bool, fd: int, iov: int, count: int, offset: int, data: int, flags: int = 0) -> None:
         """Queue one vectored transfer; iov is the array's address."""
         sqe = self._entry(data)
-        call = self._library.io_uring_prep_writev if write else self._library.io_uring_prep_readv
+        call = self._quick.io_uring_prep_writev if write else self._quick.io_uring_prep_readv
         call(sqe, fd, iov, count, offset)
-        self._library.io_uring_sqe_set_data64(sqe, data)
+        self._quick.io_uring_sqe_set_data64(sqe, data)
         if flags:
-            self._library.io_uring_sqe_set_flags(sqe, flags)
+            self._quick.io_uring_sqe_set_flags(sqe, flags)
 
     def prepare_read(self, fd: int, address: int, length: int, data: int) -> None:
         """Queue one plain read, for descriptors that have no offset."""
         sqe = self._entry(data)
-        self._library.io_uring_prep_read(sqe, fd, address, length, 0)
-        self._library.io_uring_sqe_set_data64(sqe, data)
+        self._quick.io_uring_prep_read(sqe, fd, address, length, 0)
+        self._quick.io_uring_sqe_set_data64(sqe, data)
 
     def _entry(self, data: int) -> int:
-        sqe = self._library.io_uring_get_sqe(self._at)
+        sqe = self._quick.io_uring_get_sqe(self._at)
         if not sqe:  # the owner keeps fewer in flight than there are entries
             raise RuntimeError(f"the submission queue is full at {data}")
         return sqe
 
     def submit_and_wait(self) -> int:
         """Submit what is prepared and wait for one completion; -errno when the kernel could not (try again)."""
-        return self._library.io_uring_submit_and_wait(self._at, 1)
+        return self._slow.io_uring_submit_and_wait(self._at, 1)
 
     def reap(self) -> list[tuple[int, int]]:
         """(user data, result) of everything that has completed."""
-        count = self._library.io_uring_peek_batch_cqe(self._at, self._ready, self._entries)
+        count = self._quick.io_uring_peek_batch_cqe(self._at, self._ready, self._entries)
         if not count:
             return []
         completed = [(entry.user_data, entry.res) for entry in (self._ready[i].contents for i in range(count))]
-        self._library.io_uring_cq_advance(self._at, count)
+        self._quick.io_uring_cq_advance(self._at, count)
         return completed
 
     def close(self) -> None:
-        self._library.io_uring_queue_exit(self._at)
+        self._slow.io_uring_queue_exit(self._at)
 
 
 def _explain(number: int) -> str:

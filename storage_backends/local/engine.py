@@ -70,12 +70,13 @@ class EngineUnavailable(RuntimeError):
 class IoEngine(ABC):
     """Moves bytes. Short transfers are continued, EINTR and EAGAIN repeated; what is left is an error or the end.
 
-    option_names: keyword arguments of the constructor. passed_over: the engines that would have been preferred, and
-    why each cannot work here.
+    option_names: keyword arguments of the constructor. depth: transfers in flight at a time. passed_over: the engines
+    that would have been preferred, and why each cannot work here.
     """
 
     name: ClassVar[str]
     option_names: ClassVar[frozenset[str]] = frozenset()
+    depth: int
     passed_over: dict[str, str]
 
     @abstractmethod

@@ -30,6 +30,10 @@ from storage_backends.local.engine_common import IOV_MAX, CountedEngine, outcome
 
 logger = logging.getLogger(__name__)
 
+#: Keeps the GIL, unlike os.eventfd_write: getting it back from busy threads takes a thousand times the call.
+_libc = ctypes.PyDLL(None)
+_libc.eventfd_write.argtypes = (ctypes.c_int, ctypes.c_uint64)
+
 #: User data of the eventfd's read; transfers count from 1.
 _WAKE = 0
 
@@ -56,7 +60,7 @@ class LiburingEngine(CountedEngine):
 
     def __init__(self, depth: int = 64, completion_threads: int = 2) -> None:
         super().__init__()
-        self._depth = depth
+        self.depth = depth
         self._waiting: deque[Transfer] = deque()
         self._again: deque[_Flight] = deque()
         self._flying: dict[int, _Flight] = {}
@@ -80,7 +84,7 @@ class LiburingEngine(CountedEngine):
 
     def _enqueue(self, transfers: Sequence[Transfer]) -> None:
         self._waiting.extend(transfers)
-        os.eventfd_write(self._wake_fd, 1)
+        self._wake()
 
     def _withdraw(self) -> list[Transfer]:
         waiting = []
@@ -93,7 +97,10 @@ class LiburingEngine(CountedEngine):
     def _stop(self) -> None:
         if not self._stopping:
             self._stopping = True
-            os.eventfd_write(self._wake_fd, 1)
+            self._wake()
+
+    def _wake(self) -> None:
+        _libc.eventfd_write(self._wake_fd, 1)
 
     def _complete(self) -> None:
         while (ended := self._ended.get()) is not None:
@@ -103,7 +110,7 @@ class LiburingEngine(CountedEngine):
 
     def _run(self, opened: SimpleQueue[Exception | None]) -> None:
         try:
-            ring = Ring(self._depth + 1)  # and one for the eventfd
+            ring = Ring(self.depth + 1)  # and one for the eventfd
         except Exception as error:
             opened.put(error if isinstance(error, EngineUnavailable) else EngineUnavailable(repr(error)))
             return
@@ -129,7 +136,7 @@ class LiburingEngine(CountedEngine):
 
     def _begin(self, ring: Ring) -> None:
         """Prepare what fits: first the rest of what has begun, then what waits, in order."""
-        while len(self._flying) < self._depth:
+        while len(self._flying) < self.depth:
             if self._again:
                 flight = self._again.popleft()
             else:

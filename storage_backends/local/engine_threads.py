@@ -38,6 +38,7 @@ class ThreadsEngine(CountedEngine):
         for call in self._calls.values():
             call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
             call.restype = ctypes.c_ssize_t
+        self.depth = workers
         self._queue: SimpleQueue[Transfer | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"hicache-io-{i}", daemon=True) for i in range(workers)

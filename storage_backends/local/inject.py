@@ -216,7 +216,7 @@ class FaultEngine(IoEngine):
     def __init__(self, inner: IoEngine, plan: FaultPlan) -> None:
         self.inner, self.plan = inner, plan
         self.name = f"{inner.name}+faults"  # type: ignore[misc] # a class constant everywhere else
-        self.passed_over = inner.passed_over
+        self.depth, self.passed_over = inner.depth, inner.passed_over
         self._later: list[tuple[float, int, Callable[[], None], Transfer]] = []
         self._order = count()
         self._changed = threading.Condition()
