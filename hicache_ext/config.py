@@ -81,6 +81,8 @@ class Config(BaseModel):
     model: ModelConfig = ModelConfig()
     salt: str = ""
     """Keeps this server's pages apart from others' with another salt."""
+    host_huge_pages: bool = True
+    """SGLang's host pool in huge pages, prefaulted (with the plugin, when our backend is on the command line)."""
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any]) -> Config:

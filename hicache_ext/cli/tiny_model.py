@@ -37,31 +37,35 @@ CONFIG = {
 SPREAD = 0.4
 
 
-def make(folder: Path) -> Path:
-    """Writes the model into `folder` unless this version of it is there already; returns the folder."""
-    recipe = json.dumps({"config": CONFIG, "spread": SPREAD, "recipe": 1}, sort_keys=True)
+def make(folder: Path, vocabulary: int = VOCABULARY, seed: int = 0) -> Path:
+    """Writes the model into `folder` unless this version of it is there already; returns the folder.
+
+    vocabulary: size of it. seed: of the weights, to make models that differ in nothing else.
+    """
+    config = CONFIG | {"vocab_size": vocabulary}
+    recipe = json.dumps({"config": config, "spread": SPREAD, "seed": seed, "recipe": 2}, sort_keys=True)
     stamp = folder / ".recipe.json"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == recipe:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder / "model.safetensors")
-    _write_tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1), encoding="utf-8")
+    _write_weights(folder / "model.safetensors", vocabulary, seed)
+    _write_tokenizer(folder, vocabulary)
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     stamp.write_text(recipe, encoding="utf-8")  # last: an interrupted run must not look complete
     return folder
 
 
-def _write_weights(path: Path) -> None:
+def _write_weights(path: Path, vocabulary: int, seed: int) -> None:
     from safetensors.numpy import save_file
 
     hidden, inner = 256, 512
     query, key_value = 4 * 64, 2 * 64
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
         return (random.standard_normal((rows, columns)) * SPREAD).astype(np.float32)
 
-    weights = {"model.embed_tokens.weight": matrix(VOCABULARY, hidden), "lm_head.weight": matrix(VOCABULARY, hidden)}
+    weights = {"model.embed_tokens.weight": matrix(vocabulary, hidden), "lm_head.weight": matrix(vocabulary, hidden)}
     for layer in range(4):
         name = f"model.layers.{layer}."
         weights |= {
@@ -79,13 +83,13 @@ def _write_weights(path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, size: int) -> None:
     """Bytes, three specials, and a name for every other id: any token id can be printed."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     specials = ["<s>", "</s>", "<pad>"]
-    for name in specials + [f"<{index}>" for index in range(256 + len(specials), VOCABULARY)]:
+    for name in specials + [f"<{index}>" for index in range(256 + len(specials), size)]:
         vocabulary[name] = len(vocabulary)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

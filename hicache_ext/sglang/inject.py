@@ -2,11 +2,13 @@
 
 Set HICACHE_EXT_ADAPTER_FAULTS to a JSON object: {"failure": 0.2, "delay_ms": 50, "seed": 1}. `failure` is the chance
 that a call fails (a lookup finds nothing, a read or write is FAILED), `delay_ms` the longest random delay before one.
-What was injected is counted, so that a test can assert that it was.
+Or to @PATH of a file with such an object: read again when it changes, so that a test can steer a server that runs; what
+was injected is then also kept in `PATH.injected-PID.json`, which `injected_counts(PATH)` sums over processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,8 @@ class FaultyStore:
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._path: Path | None = None
+        self._stamp = 0
 
     @property
     def injected(self) -> dict[str, int]:
@@ -82,12 +87,30 @@ class FaultyStore:
     def close(self) -> None:
         self.store.close()
 
+    def follow(self, path: Path) -> None:
+        """Take the options from this file from now on, whenever it changes."""
+        self._path = path
+        self._reload()
+
+    def _reload(self) -> None:
+        assert self._path is not None
+        with contextlib.suppress(OSError, ValueError):  # half written: look again at the next call
+            stamp = self._path.stat().st_mtime_ns
+            if stamp != self._stamp:
+                options = json.loads(self._path.read_text())
+                self.failure, self.delay = options.get("failure", 0.0), options.get("delay_ms", 0.0) / 1000
+                self._stamp = stamp
+
     def _fails(self, what: str) -> bool:
         with self._lock:
+            if self._path is not None:
+                self._reload()
             delay = self._random.uniform(0, self.delay) if self.delay else 0.0
             failed = self._random.random() < self.failure
             self._counts[f"{what}_delayed"] += delay > 0
             self._counts[f"{what}_failed"] += failed
+            if self._path is not None and (delay or failed):
+                Path(f"{self._path}.injected-{os.getpid()}.json").write_text(json.dumps(self._counts))
         if delay:
             time.sleep(delay)
         return failed
@@ -98,6 +121,18 @@ def wrap(store: TieredStore) -> TieredStore | FaultyStore:
     text = os.environ.get(VARIABLE, "")
     if not text:
         return store
-    options = json.loads(text)
-    logger.warning("%s is set: faults are injected on purpose: %s", VARIABLE, options)
-    return FaultyStore(store, **options)
+    logger.warning("%s is set: faults are injected on purpose: %s", VARIABLE, text)
+    if text.startswith("@"):
+        faulty = FaultyStore(store)
+        faulty.follow(Path(text[1:]))
+        return faulty
+    return FaultyStore(store, **json.loads(text))
+
+
+def injected_counts(path: str | Path) -> Counter[str]:
+    """What was injected in every process that follows the file at `path`."""
+    path = Path(path)
+    total: Counter[str] = Counter()
+    for report in path.parent.glob(f"{path.name}.injected-*.json"):
+        total.update(json.loads(report.read_text()))
+    return total

@@ -1,0 +1,57 @@
+"""Memory of SGLang's host pool: huge pages and prefaulted, where SGLang itself would take 4 KiB pages.
+
+I/O into 4 KiB pages costs several times the CPU of I/O into huge ones, since the kernel pins each page on its own.
+Belongs here: the allocation and who asks for it. Does not belong here: the hook that puts it in place (plugin).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from hicache_ext.config import Config
+from hicache_ext.sglang import identity
+from storage_backends.buffers import HUGE_PAGE, OwnedMemory
+
+logger = logging.getLogger(__name__)
+
+NAME = "hicache_ext"
+
+
+def wanted() -> bool:
+    """Whether this server's host pool is ours to place: our backend on the command line, nothing else decided."""
+    if os.environ.get("SGLANG_HUGEPAGE_SIZE"):
+        return False  # the operator chose SGLang's own way
+    args = identity.server_args()
+    if getattr(args, "hicache_storage_backend", None) != NAME:
+        return False
+    try:
+        from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+
+        given = getattr(args, "hicache_storage_backend_extra_config", None)
+        return Config.load(HybridCacheController.parse_storage_backend_extra_config(given)[0]).host_huge_pages
+    except Exception as error:
+        # What is wrong with the configuration is said where the backend is attached.
+        logger.debug("host pool: the configuration cannot be read: %r", error)
+        return False
+
+
+def around_allocate(original: Callable[..., Any], allocator: Any, dims: Any, dtype: Any, device: str = "cpu") -> Any:
+    """AROUND hook of HostTensorAllocator.allocate: the same tensor, in memory of ours."""
+    import torch
+
+    size = math.prod(dims) * torch.empty([], dtype=dtype).element_size()
+    if device != "cpu" or size < HUGE_PAGE or not wanted():
+        return original(allocator, dims, dtype, device)
+    try:
+        memory = OwnedMemory(size, not_in_children=True)
+    except (OSError, ValueError) as error:
+        logger.warning("hicache_ext: the host pool stays in SGLang's own memory: %s", error)
+        return original(allocator, dims, dtype, device)
+    allocator.dtype, allocator.dims = dtype, dims
+    logger.info("hicache_ext: host pool of %.2f GB: %s", size / 1e9, memory.kind)
+    # The tensor keeps the mapping alive; nobody else does.
+    return torch.frombuffer(memory.map, dtype=torch.uint8, count=size, offset=memory.offset).view(dtype).reshape(dims)
