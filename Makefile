@@ -41,6 +41,7 @@ $(V)/.stamp-python:
 	touch $@
 
 $(V)/.stamp-sglang: $(V)/.stamp-python $(wildcard $(CPU)/requirements/*.txt)
+	@echo "installing torch and SGLang for the CPU; pip's remarks on SGLang's missing CUDA packages are expected"
 	$(PIP) install -q $(TORCH)
 	$(PIP) install -q --no-deps -r $(CPU)/requirements/no-deps.txt
 	$(PIP) install -q -r $(CPU)/requirements/runtime.txt -c $(CPU)/requirements/constraints.txt

@@ -188,7 +188,10 @@ def _write_config(settings: Settings) -> Path:
 def _one_run(server: Server, name: str, prompts: list[list[int]], console: Console) -> list[Answer]:
     """Starts the server, sends every prompt, stops it. The tier has everything when this returns."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress, server:
+    console.print(f"{name}: starting SGLang, which takes about a minute; its log is {server.log}")
+    # Without a terminal a progress bar is noise in a log; the printed lines say where it is.
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress, server:
         starting = progress.add_task(f"{name}: starting SGLang", total=None)
         took = server.wait_until_up(START_LIMIT_S, lambda seconds: None)
         progress.remove_task(starting)
@@ -202,9 +205,12 @@ def _one_run(server: Server, name: str, prompts: list[list[int]], console: Conso
             answers.append(_ask(server, prompt))
             progress.advance(sending)
         stopping = progress.add_task(f"{name}: stopping", total=None)
+        begin = time.monotonic()
         server.stop()
+        took = time.monotonic() - begin
         progress.remove_task(stopping)
-    console.print(f"{name}: {len(answers)} requests in {sum(a.total_s for a in answers):.1f} s, server stopped")
+    spent = sum(answer.total_s for answer in answers)
+    console.print(f"{name}: {len(answers)} requests in {spent:.1f} s, server stopped in {took:.1f} s")
     return answers
 
 
