@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from storage_backends.base import OptionError
-from storage_backends.local.files import DirectIo, try_lock
+from storage_backends.local.files import DirectIo, remove_old_probes, try_lock
 from storage_backends.local.folder import LOCK, Folder, extent_numbers, extent_path
 from storage_backends.local.format import FORMAT_LINE, VERSION
 from storage_backends.local.index import Index
@@ -38,6 +38,7 @@ class Directory:
         self.share = capacity
         self._seen_mtime = -1
         self._inode = _prepare(path)
+        remove_old_probes(path)
         self.refresh()
         for folder in self.folders.values():
             folder.namespaces()  # an extent of an unknown version refuses now, not at the first write

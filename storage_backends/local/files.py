@@ -5,11 +5,13 @@ Belongs here: thin calls that Python lacks or that need care. Does not belong he
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ _AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000
 _DIO_MEM_ALIGN_AT = 152
 _DIO_OFFSET_ALIGN_AT = 156
+_PROBE_SECONDS = 60
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,6 +64,14 @@ def probe_direct(directory: Path) -> DirectIo:
         path.unlink(missing_ok=True)
 
 
+def remove_old_probes(directory: Path) -> None:
+    """Delete what probes of processes that died in the middle left behind."""
+    for path in directory.glob(".probe-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _PROBE_SECONDS:
+                path.unlink()
+
+
 def open_extent(path: Path, direct: DirectIo, write: bool, create: bool = False) -> int:
     """A file descriptor for an extent. OSError as open raises it."""
     flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC
@@ -101,7 +112,7 @@ def try_lock(path: Path) -> int | None:
 def is_locked(path: Path) -> bool:
     """Whether a living process holds the lock. A folder without a lock file has no owner."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # enough to ask, and who only looks may not write
     except FileNotFoundError:
         return False
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import random
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -361,3 +363,42 @@ def test_the_directory_removed_under_load(tier: Open, tmp_path: Path) -> None:
     state = tiered.stats()["local"]
     assert state["write_health"] == "open"
     assert state["state"] == "directory gone"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 MiB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up(tier: Open, small_disk: Path) -> None:
+    """Somebody else takes the rest of the disk: the tier goes on within what it has, and grows again later."""
+    backend = tier(path=small_disk / "tier", capacity=40 * MIB)
+    assert store(backend, chain("a", 200)) == [Outcome.HIT] * 200
+    with (small_disk / "other").open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(MIB))
+    for turn in range(6):
+        outcomes = store(backend, chain(f"b{turn}", 200))
+        assert set(outcomes) <= {Outcome.HIT, Outcome.REJECTED}
+        assert Outcome.HIT in outcomes
+        served(backend, chain(f"b{turn}", 200))
+    assert backend.stats()["state"] == "disk full"
+    assert backend.stats()["evicted"]
+    (small_disk / "other").unlink()
+    assert store(backend, chain("c", 200)).count(Outcome.HIT) == 200
+
+
+def test_a_disk_that_is_full_from_the_start(tier: Open, small_disk: Path) -> None:
+    backend = tier(path=small_disk / "tier", capacity=40 * MIB)
+    with (small_disk / "other").open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(MIB))
+    assert store(backend, chain("a", 8)) == [Outcome.REJECTED] * 8
+    assert served(backend, chain("a", 8)) == [Outcome.MISS] * 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ def test_pages_outlive_the_process(start: Start, how: signal.Signals) -> None:
     assert again.ask("served", chain="a", pages=20) == ["HIT"] * 20
 
 
-def test_killed_while_writing_again_and_again(start: Start) -> None:
+def test_killed_while_writing_again_and_again(start: Start, tmp_path: Path) -> None:
     """SIGKILL at random moments under load: the next start needs no help and serves what was acknowledged."""
     chance = random.Random(5)
     acknowledged: list[str] = []
@@ -120,3 +121,6 @@ def test_killed_while_writing_again_and_again(start: Start) -> None:
     assert len(acknowledged) > 20
     assert usable >= 0.99 * 8 * len(acknowledged)
     assert last.ask("store", chain="after", pages=8) == ["HIT"] * 8
+    left = {p.relative_to(tmp_path / "tier").as_posix() for p in (tmp_path / "tier").rglob("*") if p.is_file()}
+    strange = [name for name in left if not re.fullmatch(r"FORMAT|w\d+/(lock|residency\.log|e\d{10}\.ext)", name)]
+    assert strange == [], "no orphan of a temporary is left, however often a writer dies"
