@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -95,10 +96,12 @@ def demo(
             raise ValueError(f"{trace}: holds no requests")
         result = run(Settings(folder.absolute(), backend, prompts, tuple(flags or ())), console)
     except FileNotFoundError as error:
-        console.print(f"[red]missing:[/] {error}. The demo runs in a source checkout, in what `make venv` made.")
+        console.print(
+            f"[red]missing:[/] {escape(str(error))}. The demo runs in a source checkout, in what `make venv` made."
+        )
         raise typer.Exit(1) from error
     except (ServerFailed, ValueError) as error:
-        console.print(f"[red]failed:[/] {error}", markup=True, highlight=False)
+        console.print(f"[red]failed:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         console.print("stopped; the server is down")

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from hicache_ext.cli import demo, tiny_model
-from hicache_ext.cli.serving import Answer
+from hicache_ext.cli.serving import Answer, ServerFailed
 from hicache_ext.cli.workload import TraceRequest, block_tokens, load_trace, prompt_tokens
 
 
@@ -108,3 +109,32 @@ def test_the_model_is_complete_and_made_once(tmp_path: Path) -> None:
     before = weights.read_bytes()
     tiny_model.make(folder)
     assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("replayed", "code", "said"),
+    [
+        (answer([1], storage=64), 0, "written"),
+        (answer([2], storage=64), 1, "differ"),
+        (answer([1], device=64), 1, "nothing was served"),
+    ],
+)
+def test_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replayed: Answer, code: int, said: str) -> None:
+    monkeypatch.setattr(demo, "run", lambda settings, console: demo.summarize("x", [answer([1])], [replayed]))
+    written = tmp_path / "result.json"
+    done = CliRunner().invoke(demo.app, ["--dir", str(tmp_path / "demo"), "--json", str(written)])
+    assert done.exit_code == code, done.output
+    assert said in done.output
+    assert json.loads(written.read_text())["identical"] is (replayed.tokens == [1])
+
+
+def test_a_dead_server_ends_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(settings: demo.Settings, console: object) -> dict:
+        raise ServerFailed("the server ended with code 1; its log is server-cold.log and ends:\n[x] no such flag")
+
+    monkeypatch.setattr(demo, "run", run)
+    done = CliRunner().invoke(demo.app, ["--json", str(tmp_path / "result.json")])
+    assert done.exit_code == 1
+    assert "server-cold.log" in done.output
+    assert "[x] no such flag" in done.output
+    assert not (tmp_path / "result.json").exists()
