@@ -157,10 +157,15 @@ def loaded_from_disk(before: Path | None, after: Path, load_format: str) -> str 
     return f"commit:{commit}" if commit else fingerprint.weights(fingerprint.weight_files(after))
 
 
+#: The folder that each model was started from, by the identity of its config object: noted at its first update. A
+#: failed update leaves its own path in the config, so what the config says later is not what the model has.
+_started_from: dict[int, Path | None] = {}
+
+
 def around_update(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND hook of each method in UPDATES."""
     kind = getattr(original, "__name__", "update")
-    before = _current_folder(updater)
+    before = _started_from.setdefault(id(updater.model_config), _current_folder(updater))
     STATE.begin(kind)
     weights = None
     try:

@@ -82,16 +82,18 @@ def prepare(**server_args: Any) -> Any:
 class Rig:
     """One controller: device pool, host pool, and the calls that a radix cache makes."""
 
-    def __init__(self, layout: str = "page_first", mla: bool = False, hybrid: bool = False, **controller: Any) -> None:
+    def __init__(
+        self, layout: str = "page_first", mla: bool = False, hybrid: bool = False, slots: int = SLOTS, **controller: Any
+    ) -> None:
         import torch.distributed as dist
         from sglang.srt.managers.cache_controller import HiCacheController
         from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 
         self.layout, self.mla = layout, mla
-        self.device_pool = _device_pool(mla)
+        self.device_pool = _device_pool(mla, slots)
         self.host_pool = _host_pool(self.device_pool, layout, mla)
         self.allocator = PagedTokenToKVPoolAllocator(
-            SLOTS * PAGE, page_size=PAGE, dtype=torch.bfloat16, device="cpu", kvcache=self.device_pool, need_sort=False
+            slots * PAGE, page_size=PAGE, dtype=torch.bfloat16, device="cpu", kvcache=self.device_pool, need_sort=False
         )
         kind, pool = HiCacheController, self.host_pool
         if hybrid:
@@ -228,11 +230,11 @@ def load_plugin() -> None:
     HookRegistry.apply_hooks()
 
 
-def _device_pool(mla: bool) -> Any:
+def _device_pool(mla: bool, slots: int = SLOTS) -> Any:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
     common: dict[str, Any] = {
-        "size": SLOTS * PAGE, "page_size": PAGE, "dtype": torch.bfloat16, "layer_num": LAYERS, "device": "cpu",
+        "size": slots * PAGE, "page_size": PAGE, "dtype": torch.bfloat16, "layer_num": LAYERS, "device": "cpu",
         "enable_memory_saver": False,
     }  # fmt: skip
     if mla:
@@ -286,3 +288,28 @@ def _handle() -> Any:
 
 def out(message: str) -> None:
     print(f"[{os.getpid()}] {message}", file=sys.stderr, flush=True)
+
+
+class SharedMemory:
+    """A memory tier that every adapter of this process shares, as they would share a directory. Built on first use."""
+
+    pages: dict[tuple[bytes, bytes], Any] = {}  # noqa: RUF012
+
+
+def shared_tier() -> dict[str, Any]:
+    """Extra config of a memory tier that outlives its adapter; `SharedMemory.pages` is its content."""
+    from storage_backends.memory import MemoryBackend
+
+    if "Backend" not in vars(SharedMemory):
+
+        class Backend(MemoryBackend):
+            def __init__(self, options: Any, dispatcher: Any) -> None:
+                super().__init__(options, dispatcher)
+                self._pages = SharedMemory.pages  # type: ignore[assignment]
+
+        from collections import OrderedDict
+
+        SharedMemory.pages = OrderedDict()
+        SharedMemory.Backend = Backend  # type: ignore[attr-defined]
+        globals()["SharedBackend"] = Backend
+    return {"tiers": [{"type": "rig:SharedBackend", "name": "shared"}]}

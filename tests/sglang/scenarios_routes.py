@@ -1,0 +1,239 @@
+"""Both ways in, on every layout: attach, write, read back, detach; and the one line said when it cannot be."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import rig
+from support import (
+    LAYOUTS,
+    ROOT,
+    TOKENS,
+    attached,
+    changed,
+    fresh_weights,
+    is_zero_copy,
+    logged,
+    refused,
+    round_trip,
+    spy,
+    version,
+)
+
+from hicache_ext.sglang import identity, versions
+
+
+def _every_layout(name: str) -> None:
+    for layout, mla in LAYOUTS:
+        rig.SharedMemory.pages.clear()
+        with attached(name, layout=layout, mla=mla) as found:
+            assert is_zero_copy(found), (layout, mla)
+            round_trip(found)
+            counted = found.adapter.details()["adapter"]
+            assert counted["write_hit"] == counted["read_hit"] == 20, counted
+
+
+def plugin_every_layout() -> None:
+    _every_layout("hicache_ext")
+
+
+def plain_every_layout() -> None:
+    _every_layout("dynamic")
+
+
+def plugin_stock_route_works_beside_the_plugin() -> None:
+    with attached("dynamic") as found:
+        assert is_zero_copy(found)
+        round_trip(found)
+
+
+def _hybrid(name: str) -> None:
+    with attached(name, hybrid=True) as found:
+        assert type(found.controller).__name__ == "HybridCacheController"
+        assert is_zero_copy(found)
+        round_trip(found)
+
+
+def plugin_hybrid_controller() -> None:
+    _hybrid("hicache_ext")
+
+
+def plain_hybrid_controller() -> None:
+    _hybrid("dynamic")
+
+
+def _at_start(name: str, extra: dict[str, Any]) -> None:
+    fresh_weights()
+    rig.SharedMemory.pages.clear()
+    found = rig.Rig(storage_backend=name, storage_backend_extra_config=extra)
+    try:
+        assert is_zero_copy(found)
+        # From the files, not of this run: a server that starts again finds its pages.
+        space = found.adapter._namespace(found.adapter._pools["kv"])
+        assert space.weights.startswith("files:"), space.weights
+        round_trip(found)
+    finally:
+        found.close()
+
+
+def plugin_attached_at_start() -> None:
+    _at_start("hicache_ext", rig.shared_tier())
+
+
+def plain_attached_at_start() -> None:
+    _at_start("dynamic", rig.dynamic(rig.shared_tier()))
+
+
+def plugin_detach_and_attach_again() -> None:
+    rig.SharedMemory.pages.clear()
+    found = rig.Rig()
+    for turn in range(3):
+        found.attach("hicache_ext", rig.shared_tier())
+        assert found.controller.storage_backend_type == "hicache_ext"
+        assert is_zero_copy(found)
+        key = found.key(TOKENS)
+        if turn == 0:
+            content, _ = found.backup(key, 5)
+        assert found.prefetch(key) == content
+        began = time.monotonic()
+        found.detach()
+        assert time.monotonic() - began < 8
+        assert found.controller.storage_backend is None
+
+
+def plugin_runs_from_one_batch_to_the_next() -> None:
+    """More pages than one call takes: the second batch's parent is the first one's last page."""
+    pages = 140
+    tokens = [(7 * i) % 5000 for i in range(pages * rig.PAGE)]
+    with attached(slots=160) as found:
+        batches = spy(found.adapter, "write")
+        key = found.key(tokens)
+        indices = found.host_pool.alloc(len(tokens))
+        found.fill(indices, 3)
+        hashes = found.hashes(key)
+        prefix = ["ab" * 32]
+        found.controller.write_storage(indices, key, hashes, prefix)
+        found.controller.ack_backup_queue.get(timeout=30)
+        assert [len(batch) for batch in batches] == [128, 12]
+        first, second = batches
+        assert first.parent(0) == bytes.fromhex("ab" * 32)
+        assert first.parent(5) == bytes.fromhex(hashes[4])
+        assert second.parent(0) == bytes.fromhex(hashes[127])
+        assert first.tokens.tolist() == [tokens[i * 16 : i * 16 + 16] for i in range(128)]
+        assert second.tokens.tolist() == [tokens[i * 16 : i * 16 + 16] for i in range(128, 140)]
+        signed = [int.from_bytes(bytes.fromhex(one)[:8], "big", signed=True) for one in hashes]
+        assert second.event_hashes.tolist() == [[signed[i], signed[i - 1]] for i in range(128, 140)]
+        assert len(found.adapter.tokens) == 0
+
+
+def plugin_nothing_is_said_of_events_under_a_salt() -> None:
+    with attached() as found:
+        batches = spy(found.adapter, "write")
+        found.backup(found.key(TOKENS, "salt"), 1)
+        assert batches[0].tokens is not None
+        assert batches[0].event_hashes is None
+
+
+def plain_parents_are_unknown_and_that_is_fine() -> None:
+    with attached("dynamic") as found:
+        batches = spy(found.adapter, "write")
+        found.backup(found.key(TOKENS), 1)
+        assert batches[0].parent(0) is None
+        assert batches[0].parent(1) == batches[0].key(0)
+        assert batches[0].tokens is None
+
+
+def plugin_missing_hook_is_one_line() -> None:
+    from sglang.srt.managers.cache_controller import HiCacheController
+
+    for name in ("write_storage", "reset"):
+        hooked = getattr(HiCacheController, name)
+        with changed(HiCacheController, **{name: hooked.__wrapped__}):
+            line = refused(lambda: rig.Rig().attach("hicache_ext", rig.shared_tier()))
+        assert f"HiCacheController.{name}" in line, line
+        assert "Fix:" in line, line
+    rig.Rig().attach("hicache_ext", rig.shared_tier())
+
+
+def _unsupported(name: str) -> None:
+    for number in ("0.5.16", "0.5.24", "0.6.0", "main"):
+        with changed(versions, installed=lambda number=number: number):
+            extra = rig.dynamic(rig.shared_tier())
+            line = refused(lambda extra=extra: rig.Rig().attach(name, extra))
+            assert "supports SGLang 0.5.17 to 0.5.23" in line, line
+            assert number in line, line
+
+
+def plugin_unsupported_version_is_one_line() -> None:
+    from hicache_ext.sglang import plugin
+
+    _unsupported("hicache_ext")
+    state = plugin._state
+    with changed(versions, installed=lambda: "0.5.24"), changed(plugin, _state=plugin._State()), logged() as lines:
+        plugin.register()
+        assert not plugin._state.registered, lines.lines
+        assert len(lines.lines) == 1, lines.lines
+    assert plugin._state is state
+
+
+def plain_unsupported_version_is_one_line() -> None:
+    _unsupported("dynamic")
+
+
+def plugin_unknown_model_is_one_line() -> None:
+    identity.use_server_args(SimpleNamespace(model_path="nobody/knows"))
+    try:
+        line = refused(lambda: rig.Rig().attach("hicache_ext", rig.shared_tier()))
+        assert "model.path" in line, line
+        assert "model.revision" in line, line
+        with attached(extra={**rig.shared_tier(), "model": {"revision": "one"}}) as found:
+            round_trip(found)
+    finally:
+        identity.use_server_args(None)
+
+
+def plugin_wrong_key_is_one_line() -> None:
+    line = refused(lambda: rig.Rig().attach("hicache_ext", {**rig.shared_tier(), "tires": []}))
+    assert "tires" in line, line
+    assert "Fix:" in line, line
+
+
+def plugin_parses_and_passes_prefix_keys() -> None:
+    from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+
+    parsers: list[Callable[[str], Any]] = [HybridCacheController.parse_storage_backend_extra_config]
+    if version() == (0, 5, 17):
+        from sglang.srt.mem_cache.hi_mamba_radix_cache import HiMambaRadixCache
+        from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
+
+        parsers += [
+            lambda text: HiRadixCache._parse_storage_backend_extra_config(None, text),
+            lambda text: HiMambaRadixCache._parse_storage_backend_extra_config(None, text),
+        ]
+    path = ROOT / "hicache.yaml"
+    path.write_text("prefetch_threshold: 32\ntiers:\n  - type: rig:SharedBackend\n")
+    for parse in parsers:
+        for text in (f"@{path}", json.dumps({"prefetch_threshold": 32, **rig.shared_tier()})):
+            extra, threshold, *_, passed = parse(text)
+            assert passed is True
+            assert threshold == 32
+            assert "prefetch_threshold" not in extra
+            assert extra["tiers"][0]["type"] == "rig:SharedBackend"
+        *_, passed = parse(json.dumps({"other": 1}))
+        assert passed is False
+
+
+def plugin_is_a_choice_on_the_command_line() -> None:
+    import argparse
+
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    parsed = parser.parse_args(["--model-path", "m", "--hicache-storage-backend", "hicache_ext"])
+    assert parsed.hicache_storage_backend == "hicache_ext"
+    assert parser.parse_args(["--model-path", "m", "--hicache-storage-backend", "file"])
