@@ -304,8 +304,7 @@ class LocalBackend(Backend):
                     place = self._allocate(batch.namespace, io.shape, protected)
                 except OSError as error:
                     self._say("allocate", "no room can be made: %s", error)
-                    self._counts["io_errors"] += 1
-                    known.append((page, Outcome.FAILED))
+                    known.append((page, self._refused(-(error.errno or errno.EIO))))
                     continue
                 if place is None:
                     self._counts["rejected_no_room"] += 1

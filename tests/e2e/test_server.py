@@ -114,7 +114,7 @@ class Client:
         """Empty device and host memory: only the tier is left. Refused while storage work is pending, so repeat."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            if requests.post(f"{self.base}/flush_cache", timeout=30).status_code == 200:
+            if self.admin("POST", "/flush_cache").status_code == 200:
                 return
             time.sleep(0.2)
         raise AssertionError("the cache could not be flushed")
@@ -191,7 +191,12 @@ class TestWithPlugin:
 
         from sglang.test.kits import unified_radix_cache_kit as kit
 
-        base = with_plugin.base
+        base, post = with_plugin.base, requests.post
+
+        def post_as_admin(url: str, **arguments: Any) -> Any:
+            return post(url, **{"headers": {"Authorization": f"Bearer {ADMIN}"}, **arguments})
+
+        monkeypatch.setattr(requests, "post", post_as_admin)
 
         class Checks(kit.AccuracyTwoPassMixin, kit.UnifiedRadixTreeTestMixin, unittest.TestCase):
             base_url = base

@@ -381,7 +381,7 @@ def test_a_disk_that_fills_up(tier: Open, small_disk: Path) -> None:
     """Somebody else takes the rest of the disk: the tier goes on within what it has, and grows again later."""
     backend = tier(path=small_disk / "tier", capacity=40 * MIB)
     assert store(backend, chain("a", 200)) == [Outcome.HIT] * 200
-    with (small_disk / "other").open("wb") as file, contextlib.suppress(OSError):
+    with (small_disk / "other").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(MIB))
     for turn in range(6):
@@ -397,7 +397,7 @@ def test_a_disk_that_fills_up(tier: Open, small_disk: Path) -> None:
 
 def test_a_disk_that_is_full_from_the_start(tier: Open, small_disk: Path) -> None:
     backend = tier(path=small_disk / "tier", capacity=40 * MIB)
-    with (small_disk / "other").open("wb") as file, contextlib.suppress(OSError):
+    with (small_disk / "other").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(MIB))
     assert store(backend, chain("a", 8)) == [Outcome.REJECTED] * 8
