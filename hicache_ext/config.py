@@ -87,7 +87,7 @@ class Config(BaseModel):
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any]) -> Config:
         """From a mapping, or the path of a .json, .yaml, .yml or .toml file. Raises ConfigError."""
-        values = source if isinstance(source, Mapping) else _read(Path(source))
+        values = source if isinstance(source, Mapping) else read_file(Path(source))
         ours = {key: value for key, value in values.items() if key not in SGLANG_KEYS}
         try:
             config = cls.model_validate(ours)
@@ -116,7 +116,8 @@ class Config(BaseModel):
         return found, options
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_file(path: Path) -> Mapping[str, Any]:
+    """What a configuration file holds, unchecked. Raises ConfigError where it holds no keys at all."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -132,7 +133,8 @@ def _read(path: Path) -> Mapping[str, Any]:
             case other:
                 raise ConfigError(f"{path}: ending {other!r} is unknown. Fix: use .json, .yaml, .yml or .toml")
     except (json.JSONDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid {path.suffix[1:]}: {error}. Fix: correct the syntax") from error
+        said = " ".join(str(error).split())  # YAML's errors come with the lines around them
+        raise ConfigError(f"{path}: is not valid {path.suffix[1:]}: {said}. Fix: correct the syntax") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: holds no keys. Fix: start with `tiers:` (see examples/config)")
     return values

@@ -1,0 +1,105 @@
+"""The whole check-up: which probes, in which order, and what they add up to.
+
+Belongs here: putting probes together. Does not belong here: a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hicache_ext.config import Config, ConfigError, TierConfig, read_file
+from hicache_ext.doctor import engines, memory, software, tier
+from hicache_ext.doctor.finding import Finding, error, ok
+from hicache_ext.doctor.isolation import Answer, Call, ask
+from storage_backends.local.engine import PREFERENCE
+
+_SECONDS = 10.0
+_HUNG_DISK = "look for a disk or a mount that does not answer: sudo dmesg | tail; cat /proc/mounts"
+
+
+def checkup(config: Path | None = None, seconds: float = _SECONDS) -> list[Finding]:
+    """Everything that can be told, about this machine and, with a configuration, about its tiers.
+
+    seconds: limit of each of the two rounds; the probes of a round run at once, each in a process of its own.
+    """
+    places: list[tier.Place] = []
+    findings: list[Finding] = []
+    if config is None:
+        findings.append(ok("configuration", "none given: tiers are not checked (--config FILE)"))
+    else:
+        (known,) = ask([Call(partial(_places, config), seconds)])
+        places = known.value or []
+    probes: list[tuple[str, Callable[[], Any], str]] = [
+        ("software", software.probe, "python -m pip check"),
+        ("memory", memory.probe, "cat /proc/self/status"),
+        *[(f"{place.label}: path", partial(tier.probe, place), _HUNG_DISK) for place in places],
+    ]
+    if config is not None:
+        probes.insert(0, ("configuration", partial(configuration, config), _HUNG_DISK))
+    calls: list[Callable[[], Any]] = [partial(_try_engine, name) for name in PREFERENCE]
+    answers = ask([Call(call, seconds) for call in calls + [probe for _, probe, _ in probes]])
+    tried = {name: _engine_answer(answers[i]) for i, name in enumerate(PREFERENCE)}
+    for (name, _, fix), answer in zip(probes, answers[len(PREFERENCE) :], strict=True):
+        findings += [error(name, answer.problem, fix)] if answer.problem else answer.value
+        if name == "memory":
+            findings += engines.judge(tried, {place.engine for place in places})
+    return findings
+
+
+def configuration(file: Path) -> list[Finding]:
+    """Whether the engines will accept the file."""
+    try:
+        config = Config.load(file)
+    except ConfigError as problem:
+        findings = []
+        for line in str(problem).splitlines():
+            text, _, fix = line.partition(". Fix: ")
+            findings.append(error("configuration", text, fix))
+        return findings
+    tiers = ", ".join(f"{chosen.label} ({chosen.type})" for chosen in config.tiers)
+    return [ok("configuration", f"{file}: valid; tiers, fast to slow: {tiers}")]
+
+
+def _places(file: Path) -> list[tier.Place]:
+    """The local tiers of a file as far as it can be understood; `configuration` says what is wrong with the rest."""
+    try:
+        listed = read_file(file).get("tiers")
+    except ConfigError:
+        return []
+    found = []
+    for values in listed if isinstance(listed, list) else []:
+        try:
+            chosen = TierConfig.model_validate(values)
+            found.append(_place(chosen))
+        except ValueError:
+            continue
+    return [place for place in found if place is not None]
+
+
+def _place(chosen: TierConfig) -> tier.Place | None:
+    from storage_backends.local import LocalBackend
+    from storage_backends.registry import backend_class
+
+    backend = backend_class(chosen.type)
+    if not issubclass(backend, LocalBackend):
+        return None
+    options = backend.Options.model_validate(chosen.options)
+    assert isinstance(options, LocalBackend.Options)
+    return tier.Place(chosen.label, options.path, int(options.capacity), options.engine)
+
+
+def _try_engine(name: str) -> tuple[str, str]:
+    return engines.explain(*engines.attempt(name))
+
+
+def _engine_answer(answer: Answer) -> tuple[str, str]:
+    if not answer.problem:
+        reason, fix = answer.value
+        return reason, fix
+    if answer.problem == "ended by SIGSYS":
+        fix = engines.io_uring_fix("", "", "2")
+        return "io_uring is forbidden here, on pain of death (seccomp profile with SCMP_ACT_KILL)", fix
+    return answer.problem, "report this"
