@@ -10,21 +10,20 @@ failed write was not stored.
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from sglang.srt.mem_cache import hicache_storage as sglang_storage
 
-from hicache_ext.config import Config, ConfigError
+from hicache_ext.config import Config
 from hicache_ext.page import Namespace, PageLayout, chain_parents, pack_key, pack_keys
-from hicache_ext.sglang import identity, inject, plugin, versions, weights
+from hicache_ext.sglang import identity, inject, plugin, unplugged, versions, weights
 from hicache_ext.sglang.generic import GenericPages
+from hicache_ext.sglang.guard import answers, none_of, none_of_transfers
 from hicache_ext.sglang.pools import Access, HostPool, unwrap
 from hicache_ext.sglang.stats import AdapterStats
 from hicache_ext.sglang.tokens import TokenNotes, event_hashes
@@ -37,36 +36,6 @@ KV = "kv"
 #: What a write may end with and still count as done. REJECTED is a choice of ours, not a failure: one False makes
 #: SGLang drop the rest of the backup.
 _DONE = frozenset({Outcome.HIT, Outcome.REJECTED})
-
-Answer = TypeVar("Answer")
-
-
-def _answers(default: Callable[..., Any]) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
-    """Wrap a public method: whatever it raises is counted, said once per kind, and answered with default(args)."""
-
-    def wrap(method: Callable[..., Answer]) -> Callable[..., Answer]:
-        @functools.wraps(method)
-        def guarded(self: HiCacheExtStorage, *args: Any, **kwargs: Any) -> Answer:
-            try:
-                return method(self, *args, **kwargs)
-            except Exception as error:
-                kind = f"error_{method.__name__}_{type(error).__name__}"
-                self.counters.once(kind, logging.ERROR, "%s failed: %r", method.__name__, error)
-                logger.debug("%s failed", method.__name__, exc_info=True)
-                answer: Answer = default(*args, **kwargs)
-                return answer
-
-        return guarded
-
-    return wrap
-
-
-def _none_of(keys: Sequence[str], *_: Any, **__: Any) -> list[bool]:
-    return [False] * len(keys)
-
-
-def _none_of_transfers(transfers: Sequence[Any], *_: Any, **__: Any) -> dict[str, list[bool]]:
-    return {transfer.name: [False] * len(transfer.keys or []) for transfer in transfers}
 
 
 class HiCacheExtStorage(sglang_storage.HiCacheStorage):
@@ -89,8 +58,9 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             )
         self._lora = ""
         self._with_plugin = plugin.verify(self)
+        unplugged.check_chains(self._with_plugin)
         if not self._with_plugin:
-            self._prepare_without_plugin()
+            unplugged.prepare(self.config, self._args)
         if self._lora == "" and not plugin.maps_adapters():
             self._lora = identity.startup_adapters(self._args)
         self._pools: dict[str, HostPool] = {}
@@ -108,35 +78,6 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             storage_config.tp_rank, storage_config.tp_size, storage_config.pp_rank, storage_config.pp_size,
             "" if self._with_plugin else ", without the plugin",
         )  # fmt: skip
-
-    def _prepare_without_plugin(self) -> None:
-        """The stock route: say once what it cannot do, and refuse where that would be a lie."""
-        seeded = hasattr(sys.modules.get("sglang.srt.mem_cache.utils"), "storage_namespace_seed")
-        lora = bool(getattr(self._args, "enable_lora", False) or getattr(self._args, "lora_paths", None))
-        if lora and not seeded:
-            raise ConfigError(
-                "hicache_ext: LoRA is on, and this SGLang's page hashes do not tell adapters apart. "
-                "Fix: let SGLang load the hicache_ext plugin (check SGLANG_PLUGINS), or turn LoRA off"
-            )
-        missing = "KV events of the storage tiers, token ids in stored pages, parents of pages"
-        if not seeded:
-            missing += "; CACHE SALTS ARE NOT ISOLATED in stored pages (this SGLang hashes token ids only)"
-        logger.warning(
-            "hicache_ext runs without its plugin. Not available: %s. A weight update detaches the tiers", missing
-        )
-        if weights.STATE.frozen:
-            raise ConfigError(
-                "hicache_ext: the weights were updated while its plugin was not loaded, so the cache may hold pages of "
-                "the old ones. Fix: restart SGLang, with the plugin"
-            )
-        weights.watch_without_plugin()
-        if weights.STATE.override is None and not self.config.model.revision and not _attached_at_start():
-            # Nothing watched the weights until now. They may be others than the files say.
-            weights.STATE.separate()
-            logger.warning(
-                "hicache_ext was attached at run time without its plugin: earlier weight updates cannot be excluded, "
-                "so this run's pages are kept apart. Fix: load the plugin, or set `model.revision`"
-            )
 
     # --- pools
 
@@ -215,21 +156,21 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
 
     # --- v1: the KV pool, zero copy
 
-    @_answers(lambda *_, **__: 0)
+    @answers(lambda *_, **__: 0)
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         return policies.prefix_length(self._present(self._pools[KV], keys))
 
-    @_answers(_none_of)
+    @answers(none_of)
     def batch_get_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         return self._get(self._pools[KV], keys, host_indices)
 
-    @_answers(_none_of)
+    @answers(none_of)
     def batch_set_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         return self._set(self._pools[KV], keys, host_indices, extra_info)
 
     # --- v2: several pools
 
-    @_answers(lambda *_, **__: sglang_storage.PoolTransferResult.empty())
+    @answers(lambda *_, **__: sglang_storage.PoolTransferResult.empty())
     def batch_exists_v2(self, keys: list[str], pool_transfers: list[Any] | None = None, extra_info: Any = None) -> Any:
         transfers = pool_transfers or []
         anchor = self._pools[KV]
@@ -269,14 +210,14 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             result.restorable_prefix_pages = restorable
         return result
 
-    @_answers(_none_of_transfers)
+    @answers(none_of_transfers)
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         return {
             transfer.name: self._one_pool("batch_get_v2", transfer, self._get, transfer.host_indices)
             for transfer in transfers
         }
 
-    @_answers(_none_of_transfers)
+    @answers(none_of_transfers)
     def batch_set_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         return {
             transfer.name: self._one_pool("batch_set_v2", transfer, self._set, transfer.host_indices, extra_info)
@@ -360,11 +301,11 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
 
     # --- generic: any string key, tensors of SGLang's own
 
-    @_answers(lambda *_, **__: None)
+    @answers(lambda *_, **__: None)
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         return self.batch_get([key], [target_location])[0]
 
-    @_answers(lambda keys, *_, **__: [None] * len(keys))
+    @answers(lambda keys, *_, **__: [None] * len(keys))
     def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> list[Any]:
         targets = list(target_locations or [])
         if self._frozen() or len(targets) != len(keys) or any(target is None for target in targets):
@@ -379,11 +320,11 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
         self.counters.batch("prefetch", good, int(batch.lengths[:good].sum()), since)
         return [target if page < good else None for page, target in enumerate(targets)]
 
-    @_answers(lambda *_, **__: False)
+    @answers(lambda *_, **__: False)
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
         return self.batch_set([key], [value if value is not None else target_location])
 
-    @_answers(lambda *_, **__: False)
+    @answers(lambda *_, **__: False)
     def batch_set(
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
@@ -401,7 +342,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
         self.counters.batch("backup", outcomes.count(Outcome.HIT), int(batch.lengths.sum()), since)
         return all(outcome in _DONE for outcome in outcomes)
 
-    @_answers(lambda *_, **__: False)
+    @answers(lambda *_, **__: False)
     def exists(self, key: str) -> bool:
         if self._frozen():
             return False
@@ -416,13 +357,13 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
 
     # --- administration
 
-    @_answers(lambda *_, **__: False)
+    @answers(lambda *_, **__: False)
     def clear(self) -> bool:
         """Forget this server's pages, of these weights and of earlier ones; nobody else's."""
         self.store.clear(self._used)
         return True
 
-    @_answers(lambda *_, **__: None)
+    @answers(lambda *_, **__: None)
     def get_stats(self) -> Any:
         """What SGLang's storage metrics take; see `details` for all our numbers."""
         return self.counters.storage_metrics()
@@ -437,7 +378,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             "injected": getattr(self.store, "injected", {}),
         }
 
-    @_answers(lambda *_, **__: None)
+    @answers(lambda *_, **__: None)
     def close(self) -> None:
         """Let go of the tiers. Idempotent."""
         with self._lock:
@@ -455,15 +396,3 @@ def _parent(extra_info: Any) -> bytes | None:
     """The page before the call's first one. SGLang 0.5.17 leaves an empty list empty in later batches: unknown."""
     prefix = getattr(extra_info, "prefix_keys", None)
     return pack_key(prefix[-1]) if prefix else None
-
-
-def _attached_at_start() -> bool:
-    """Whether a controller's constructor is attaching us, so before anything could have changed the weights."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__init__" and any(
-            base.__name__ == "HiCacheController" for base in type(frame.f_locals.get("self")).__mro__
-        ):
-            return True
-        frame = frame.f_back
-    return False

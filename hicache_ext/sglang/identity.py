@@ -97,7 +97,7 @@ def identify(config: Config, args: Any) -> ModelIdentity:
     """
     named = config.model.path or str(getattr(args, "model_path", "") or "")
     revision = config.model.revision
-    path = locate(named, getattr(args, "revision", None)) if named else None
+    path = locate(named, getattr(args, "revision", None), getattr(args, "download_dir", None)) if named else None
     if path is None and not revision:
         raise ConfigError(
             f"model.path = {config.model.path!r}: cannot tell which model this is "
@@ -125,7 +125,7 @@ def identify(config: Config, args: Any) -> ModelIdentity:
     return ModelIdentity(fingerprint.digest(facts), weights, quantisation, str(path or ""))
 
 
-def locate(model_path: str, revision: str | None) -> Path | None:
+def locate(model_path: str, revision: str | None, cache: str | None = None) -> Path | None:
     """The local folder (or GGUF file) of a model path or Hugging Face name; None where there is none."""
     path = Path(model_path).expanduser()
     if path.exists():
@@ -133,7 +133,7 @@ def locate(model_path: str, revision: str | None) -> Path | None:
     try:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(model_path, "config.json", revision=revision)
+        found = try_to_load_from_cache(model_path, "config.json", cache_dir=cache or None, revision=revision)
     except Exception:  # not installed, or not a valid repository name
         return None
     # The file is a link into blobs/; its folder is the snapshot, whose name is the commit.

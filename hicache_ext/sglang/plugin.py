@@ -24,6 +24,7 @@ MODULE, CLASS = "hicache_ext.sglang.backend", "HiCacheExtStorage"
 _CONTROLLER = "sglang.srt.managers.cache_controller.HiCacheController"
 _HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_ALLOCATE = "sglang.srt.mem_cache.pool_host.common.HostTensorAllocator.allocate"
 _DECODE_OFFLOAD = "sglang.srt.disaggregation.decode_kvcache_offload_manager.DecodeKVCacheOffloadManager"
 
 
@@ -86,7 +87,7 @@ def maps_adapters() -> bool:
 
 def _wanted() -> list[_Hook]:
     """Every hook that this version of SGLang needs."""
-    from hicache_ext.sglang import seeds, weights
+    from hicache_ext.sglang import host_memory, seeds, weights
 
     hooks = [
         _Hook(
@@ -97,6 +98,7 @@ def _wanted() -> list[_Hook]:
         _Hook(f"{_CONTROLLER}.reset", _flushed, "AFTER", "flushes after weight updates"),
         _Hook(f"{_HYBRID}.write_storage", _note_tokens, "BEFORE", "token ids of stored pages"),
         _Hook(f"{_HYBRID}.parse_storage_backend_extra_config", _pass_prefix_keys, "AFTER", "parents of pages"),
+        _Hook(_ALLOCATE, host_memory.around_allocate, "AROUND", "huge pages for the host pool"),
         _Hook(f"{_MANAGER}.release_memory_occupation", _memory_released, "BEFORE", "weights that are given away"),
     ]
     if _exists(f"{_HYBRID}.should_backup"):
@@ -104,9 +106,13 @@ def _wanted() -> list[_Hook]:
     if _exists(f"{_MANAGER}.end_weight_update"):
         hooks.append(_Hook(f"{_MANAGER}.end_weight_update", _session_ended, "AFTER", "the end of weight updates"))
     for tree in ("hiradix_cache.HiRadixCache", "hi_mamba_radix_cache.HiMambaRadixCache"):
-        target = f"sglang.srt.mem_cache.{tree}._parse_storage_backend_extra_config"
+        target = f"sglang.srt.mem_cache.{tree}"
         if _exists(target):
-            hooks.append(_Hook(target, _pass_prefix_keys, "AFTER", "parents of pages"))
+            parse, attach = f"{target}._parse_storage_backend_extra_config", f"{target}.attach_storage_backend"
+            hooks.append(_Hook(parse, _pass_prefix_keys, "AFTER", "parents of pages"))
+            hooks.append(_Hook(attach, _fill_hashes, "BEFORE", "hashes of what is cached already"))
+    if _exists(f"{_MANAGER}.check_weights"):
+        hooks.append(_Hook(f"{_MANAGER}.check_weights", _weights_checked, "BEFORE", "weights that are reset"))
     updater = pkgutil.resolve_name(weights.UPDATER)
     for name, function in weights.hooks(updater).items():
         hooks.append(_Hook(f"{weights.UPDATER}.{name}", function, "AROUND", "weight updates"))
@@ -204,6 +210,18 @@ def _pass_prefix_keys(result: Any, *_: Any, **__: Any) -> Any:
     return None
 
 
+def _fill_hashes(tree: Any, *_: Any, **__: Any) -> None:
+    """Before storage is attached to a tree that grew without: hash its nodes, parents first (see unplugged)."""
+    from sglang.srt.mem_cache.utils import compute_node_hash_values
+
+    waiting = list(tree.root_node.children.values())
+    while waiting:
+        node = waiting.pop()
+        if node.hash_value is None:
+            node.hash_value = compute_node_hash_values(node, tree.page_size)
+        waiting.extend(node.children.values())
+
+
 def _should_backup(result: Any, controller: Any, transfer: Any) -> Any:
     """Pools that are split over tp must be written by every rank, not by rank 0 alone as the model's KV is."""
     adapter = _adapter_of(controller)
@@ -231,3 +249,11 @@ def _memory_released(manager: Any, request: Any, *_: Any, **__: Any) -> None:
     tags = getattr(request, "tags", None)
     if (not tags or "weights" in tags) and not getattr(identity.server_args(), "enable_weights_cpu_backup", False):
         weights.STATE.invalidate("weights released")
+
+
+def _weights_checked(_manager: Any, request: Any, *_: Any, **__: Any) -> None:
+    """SGLang's weight checker can overwrite the weights, to see whether an update restores them."""
+    from hicache_ext.sglang import weights
+
+    if getattr(request, "action", "") == "reset_tensors":
+        weights.STATE.invalidate("weights reset")

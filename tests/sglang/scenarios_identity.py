@@ -168,7 +168,8 @@ def plain_lora_is_refused_where_hashes_do_not_know_it() -> None:
     identity.use_server_args(SimpleNamespace(**args))
     try:
         if version() == (0, 5, 17):
-            line = refused(lambda: rig.Rig().attach("dynamic", rig.dynamic(rig.shared_tier())))
+            extra = rig.dynamic(rig.shared_tier())
+            line = refused(lambda: rig.Rig(storage_backend="dynamic", storage_backend_extra_config=extra))
             assert "LoRA" in line, line
             assert "plugin" in line, line
         else:

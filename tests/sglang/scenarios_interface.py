@@ -170,9 +170,8 @@ def plain_without_the_zero_copy_interface() -> None:
     rig.SharedMemory.pages.clear()
     extra = rig.dynamic(rig.shared_tier())
     del extra["interface_v1"]
-    found = rig.Rig()
     with logged() as lines:
-        found.attach("dynamic", extra)
+        found = rig.Rig(storage_backend="dynamic", storage_backend_extra_config=extra)
     assert lines.count("`interface_v1: 1` is missing") == 1
     assert found.controller.page_get_func.__name__ == "_generic_page_get"
     round_trip(found)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import rig
+import torch
 from support import (
     LAYOUTS,
     ROOT,
@@ -16,6 +17,7 @@ from support import (
     attached,
     changed,
     fresh_weights,
+    hashes_late,
     is_zero_copy,
     logged,
     refused,
@@ -163,7 +165,8 @@ def _unsupported(name: str) -> None:
     for number in ("0.5.16", "0.5.24", "0.6.0", "main"):
         with changed(versions, installed=lambda number=number: number):
             extra = rig.dynamic(rig.shared_tier())
-            line = refused(lambda extra=extra: rig.Rig().attach(name, extra))
+            options = {"storage_backend": name, "storage_backend_extra_config": extra}
+            line = refused(lambda options=options: rig.Rig(**options))
             assert "supports SGLang 0.5.17 to 0.5.23" in line, line
             assert number in line, line
 
@@ -237,3 +240,115 @@ def plugin_is_a_choice_on_the_command_line() -> None:
     parsed = parser.parse_args(["--model-path", "m", "--hicache-storage-backend", "hicache_ext"])
     assert parsed.hicache_storage_backend == "hicache_ext"
     assert parser.parse_args(["--model-path", "m", "--hicache-storage-backend", "file"])
+
+
+def plugin_attached_by_the_admin_route() -> None:
+    """The tree's own attach and detach, below PUT and DELETE /hicache/storage-backend."""
+    fresh_weights()
+    rig.SharedMemory.pages.clear()
+    found = rig.Rig(hybrid=hashes_late())
+    extra = json.dumps({**rig.shared_tier(), "prefetch_threshold": 32})
+    tree = _tree(found)
+    for _ in range(2):
+        ok, message = tree.attach("hicache_ext", extra, "served-name")
+        assert ok, message
+        assert tree.cache.enable_storage
+        assert tree.cache.prefetch_threshold == 32
+        assert tree.cache.hicache_storage_pass_prefix_keys is True
+        assert is_zero_copy(found)
+        # The same name again is the same backend; another is refused.
+        assert tree.attach("hicache_ext", extra, "served-name")[0]
+        assert not tree.attach("file", "{}", "served-name")[0]
+        round_trip(found)
+        ok, message = tree.detach()
+        assert ok, message
+        assert found.controller.storage_backend is None
+    # A mistake in the configuration is an answer, not a crash.
+    ok, message = tree.attach("hicache_ext", json.dumps({"tiers": [{"type": "nobody"}]}), "served-name")
+    assert not ok
+    assert "nobody" in message, message
+
+
+def _tree(found: rig.Rig) -> Any:
+    """This version's tree, as far as attaching needs it."""
+    controller = found.controller
+    if hashes_late():
+        from sglang.srt.mem_cache.unified_cache.storage_attachment import StorageAttachment
+
+        cache = SimpleNamespace(
+            cache_controller=controller,
+            token_to_kv_pool_allocator=found.allocator,
+            is_write_back=False,
+            prefetch_stop_policy="timeout",
+            write_through_threshold=1,
+            storage_prefetch_retries={},
+            buffer_mode=None,
+            enable_storage=False,
+            page_size=rig.PAGE,
+            sliding_window_size=None,
+            host_memory_mode="cache",
+            storage_metrics_collector=None,
+            extra_metric_labels=None,
+            _enable_metrics_flag=False,
+            tree_core=SimpleNamespace(backfill_missing_hash_values=lambda: 0),
+            drain_storage_control_queues_local=lambda: None,
+            ongoing_prefetch={},
+            ongoing_backup={},
+        )
+        attachment = StorageAttachment(cache)
+        return SimpleNamespace(cache=cache, attach=attachment.attach, detach=attachment.detach)
+    from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
+
+    tree = HiRadixCache.__new__(HiRadixCache)
+    tree.cache_controller, tree.page_size, tree.root_node = controller, rig.PAGE, SimpleNamespace(children={})
+    tree.enable_storage, tree._enable_metrics_flag, tree.extra_metric_labels = False, False, None
+    tree.ongoing_prefetch, tree.ongoing_backup, tree.storage_metrics_collector = {}, {}, None
+    tree._get_hybrid_storage_attach_kwargs = dict
+    tree._drain_storage_control_queues_local = lambda: None
+    return SimpleNamespace(cache=tree, attach=tree.attach_storage_backend, detach=tree.detach_storage_backend)
+
+
+def plugin_a_tree_that_grew_without_storage_is_hashed() -> None:
+    """0.5.17 does not do it: a page below an unhashed node would go by the name of a page that begins a sequence."""
+    if hashes_late():
+        return
+    from sglang.srt.mem_cache.radix_cache import TreeNode
+
+    found = rig.Rig()
+    tree = _tree(found)
+    root = TreeNode()
+    root.key, root.hash_value = found.key([]), []
+    head, tail = TreeNode(), TreeNode()
+    head.key, tail.key = found.key(TOKENS[:160], "salt"), found.key(TOKENS[160:], "salt")
+    head.parent, tail.parent = root, head
+    root.children, head.children = {1: head}, {2: tail}
+    assert head.hash_value is tail.hash_value is None
+    tree.cache.root_node = root
+    assert tree.attach("hicache_ext", json.dumps(rig.shared_tier()))[0]
+    assert head.hash_value + tail.hash_value == found.hashes(found.key(TOKENS, "salt"))
+    tree.detach()
+
+
+def plugin_host_pool_in_memory_of_ours() -> None:
+    """With our backend on the command line, a pool that is large enough is allocated by us; else by SGLang."""
+    from sglang.srt.mem_cache.pool_host.common import HostTensorAllocator
+
+    allocator = HostTensorAllocator()
+    args = {
+        "model_path": str(ROOT / "model"),
+        "hicache_storage_backend": "hicache_ext",
+        "hicache_storage_backend_extra_config": json.dumps(rig.shared_tier()),
+    }
+    for changes, ours in (({}, True), ({"hicache_storage_backend": "file"}, False)):
+        identity.use_server_args(SimpleNamespace(**{**args, **changes}))
+        try:
+            with logged() as lines:
+                tensor = allocator.allocate((3, 1 << 20), dtype=torch.bfloat16, device="cpu")
+        finally:
+            identity.use_server_args(None)
+        assert tensor.shape == (3, 1 << 20)
+        assert tensor.dtype == torch.bfloat16
+        assert not tensor.any()
+        assert (tensor.data_ptr() % (2 << 20) == 0) >= ours
+        assert lines.count("host pool of") == ours
+        tensor.fill_(1)

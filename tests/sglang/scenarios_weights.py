@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import rig
 import torch
 from server import Loader, Server
-from support import ROOT, TOKENS, attached, current, fresh_weights, logged, refused, round_trip
+from support import ROOT, TOKENS, attached, current, fresh_weights, hashes_late, logged, refused, round_trip
 
 from hicache_ext.sglang import identity, weights
 
@@ -186,10 +186,12 @@ def plugin_released_weights_are_unknown() -> None:
 def plain_update_detaches_with_one_line() -> None:
     fresh_weights()
     rig.SharedMemory.pages.clear()
-    waiting = rig.Rig()
-    server = Server(waiting)  # its bound methods are older than our wrappers
-    found = waiting
-    found.attach("dynamic", rig.dynamic(rig.shared_tier()))
+    found = rig.Rig()
+    server = Server(found)  # its bound methods are older than our wrappers
+    if hashes_late():
+        found.attach("dynamic", rig.dynamic(rig.shared_tier()))
+    else:
+        found = rig.Rig(storage_backend="dynamic", storage_backend_extra_config=rig.dynamic(rig.shared_tier()))
     key = found.key(TOKENS)
     content = found.backup(key, 1)[0]
     assert found.prefetch(key) == content
@@ -203,17 +205,35 @@ def plain_update_detaches_with_one_line() -> None:
     found.backup(found.key(TOKENS[::-1]), 2)
     assert len(rig.SharedMemory.pages) == pages, "a page was stored after the update"
     found.close()
-    line = refused(lambda: found.attach("dynamic", rig.dynamic(rig.shared_tier())))
+    extra = rig.dynamic(rig.shared_tier())
+    line = refused(lambda: rig.Rig(storage_backend="dynamic", storage_backend_extra_config=extra))
     assert "weights were updated" in line, line
     fresh_weights()
 
 
 def plain_attached_at_run_time_is_kept_apart() -> None:
     fresh_weights()
+    if not hashes_late():
+        line = refused(lambda: rig.Rig().attach("dynamic", rig.dynamic(rig.shared_tier())))
+        assert "does not hash what its cache already holds" in line, line
+        return
     with logged() as lines, attached("dynamic") as found:
         assert current(found).weights.startswith("update:")
     assert lines.count("attached at run time without its plugin") == 1
     fresh_weights()
     with attached("dynamic", {**rig.shared_tier(), "model": {"revision": "r"}}) as found:
         assert current(found).weights == "revision:r"
+    fresh_weights()
+
+
+def plugin_checker_that_resets_weights_counts() -> None:
+    fresh_weights()
+    with attached() as found:
+        server = Server(found)
+        with contextlib.suppress(Exception):  # nothing is left to check in a stub
+            server.manager.check_weights(server.request(action="checksum", allow_quant_error=False))
+        assert not weights.STATE.frozen
+        with contextlib.suppress(Exception):
+            server.manager.check_weights(server.request(action="reset_tensors", allow_quant_error=False))
+        assert weights.STATE.frozen
     fresh_weights()

@@ -51,8 +51,13 @@ def logged() -> Iterator[Lines]:
 def attached(name: str = "hicache_ext", extra: dict[str, Any] | None = None, **options: Any) -> Iterator[rig.Rig]:
     """A controller with our backend; `name` dynamic takes the stock route."""
     config = extra or rig.shared_tier()
+    config = rig.dynamic(config) if name == "dynamic" else config
+    if name == "dynamic" and not hashes_late() and not plugged():
+        # 0.5.17 can be attached at run time with the plugin only.
+        options |= {"storage_backend": name, "storage_backend_extra_config": config}
     found = rig.Rig(**options)
-    found.attach(name, rig.dynamic(config) if name == "dynamic" else config)
+    if found.controller.storage_backend is None:
+        found.attach(name, config)
     try:
         yield found
     finally:
@@ -73,6 +78,17 @@ def changed(target: Any, **values: Any) -> Iterator[None]:
 
 def version() -> tuple[int, ...]:
     return versions.check(versions.installed())
+
+
+def plugged() -> bool:
+    from hicache_ext.sglang import plugin
+
+    return plugin._state.registered
+
+
+def hashes_late() -> bool:
+    """Whether this SGLang hashes what is cached already when storage is attached."""
+    return version() > (0, 5, 17)
 
 
 def refused(call: Callable[[], Any]) -> str:
