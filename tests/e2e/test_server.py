@@ -64,7 +64,7 @@ class Place:
 
         return sum(fired_counts(self.faults).values())
 
-    def server(self, name: str, environment: dict[str, str], *flags: str, **config: Any) -> Server:
+    def server(self, name: str, environment: dict[str, str], backend: str = "hicache_ext", **config: Any) -> Server:
         values = {
             "prefetch_threshold": PAGE,
             "tiers": [{"type": "local", "path": str(self.tier), "capacity": "2GiB"}],
@@ -73,9 +73,11 @@ class Place:
         path = self.root / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values))
         port = free_port()
-        settings = Settings(self.root, Backend.HICACHE_EXT, [], ("--admin-api-key", ADMIN, *flags))
+        settings = Settings(self.root, Backend.HICACHE_EXT, [], ("--admin-api-key", ADMIN))
         env = {**_environment(settings), "HICACHE_EXT_FAULTS": str(self.faults), **environment}
-        return Server(launch_line(settings, self.model, path, port), self.root / f"{name}.log", port, env)
+        line = launch_line(settings, self.model, path, port)
+        line[line.index("--hicache-storage-backend") + 1] = backend
+        return Server(line, self.root / f"{name}.log", port, env)
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +346,7 @@ def without_plugin(place: Place) -> Iterator[Client]:
         place.server(
             "without-plugin",
             {"SGLANG_PLUGINS": SHIM},
-            *("--hicache-storage-backend", "dynamic"),
+            backend="dynamic",
             backend_name="hicache_ext",
             module_path="hicache_ext.sglang.backend",
             class_name="HiCacheExtStorage",
