@@ -24,12 +24,12 @@ SGLANG_WHEELS := $(SGLANG_VERSIONS:%=build/sglang/%/.unpacked)
 # SGLang compiles its page hash with the ninja of this environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: venv demo test test-fast lint bench sglang-wheels clean
+.PHONY: venv demo test test-fast lint bench fuzz sglang-wheels clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: venv test-fast lint bench sglang-wheels clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: venv test-fast lint bench fuzz sglang-wheels clean"
 
 # ---- environment: three steps, each redone only when what it installs has changed
 
@@ -85,6 +85,11 @@ lint: venv
 
 bench: venv
 	$(BIN)/hicache-ext bench io $(ARGS)
+
+# A million inputs for each parser (about half an hour), guided by coverage where atheris installs; ARGS="--inputs N".
+fuzz: venv
+	$(PIP) install -q atheris || echo "atheris does not install here: inputs are mutated blindly"
+	$(BIN)/python -m tests.fuzz.run $(ARGS)
 
 clean:
 	rm -rf $(V) build dist

@@ -7,6 +7,7 @@ options (each backend has its `Options`), or what an engine does with the result
 from __future__ import annotations
 
 import json
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,11 @@ SGLANG_KEYS = frozenset(
         "allocator",
     }
 )
+
+
+_SHORT = 300
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
 
 
 class ConfigError(ValueError):
@@ -113,6 +119,10 @@ class Config(BaseModel):
             raise ConfigError(f"{where}.{error}") from error
         except ValidationError as error:
             raise ConfigError(_explain(error, found.Options, chosen.options, where + ".")) from error
+        except (OSError, ValueError, OverflowError) as error:  # a path or number that the system refuses to look at
+            raise ConfigError(
+                f"{where}: cannot be checked: {_short(str(error))}. Fix: name what this user may use"
+            ) from error
         return found, options
 
 
@@ -132,12 +142,28 @@ def read_file(path: Path) -> Mapping[str, Any]:
                 values = tomllib.loads(text)
             case other:
                 raise ConfigError(f"{path}: ending {other!r} is unknown. Fix: use .json, .yaml, .yml or .toml")
-    except (json.JSONDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
-        said = " ".join(str(error).split())  # YAML's errors come with the lines around them
+    except ConfigError:
+        raise
+    except Exception as error:  # parsers raise more than their own errors: of recursion, of numbers, of YAML's tags
+        said = _short(" ".join(str(error).split()))  # YAML's errors come with the lines around them
         raise ConfigError(f"{path}: is not valid {path.suffix[1:]}: {said}. Fix: correct the syntax") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: holds no keys. Fix: start with `tiers:` (see examples/config)")
     return values
+
+
+def _short(text: str) -> str:
+    """One line that can be read, of a value or message that may be of any size."""
+    line = text if text.isprintable() else ascii(text)
+    return line if len(line) <= _SHORT else line[:_SHORT] + "..."
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given; what is nested deep or long is left out, before it is written (aliases can make it)."""
+    try:
+        return _short(_REPR.repr(value))
+    except (ValueError, RecursionError):  # a number of too many digits
+        return f"a {type(value).__name__}"
 
 
 def _explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> str:
@@ -155,6 +181,6 @@ def _explain(error: ValidationError, model: type[BaseModel], values: Mapping[str
                 what, fix = "not a size", 'write a number of bytes, "10GB" or "10GiB"'
             case _:
                 what, fix = problem["msg"], "correct the value"
-        value = "" if problem["type"] == "missing" else f" = {problem['input']!r}"
-        lines.append(f"{prefix}{key}{value}: {what}. Fix: {fix}")
+        value = "" if problem["type"] == "missing" else f" = {_shown(problem['input'])}"
+        lines.append(f"{prefix}{_short(key)}{value}: {_short(what)}. Fix: {_short(fix)}")
     return "\n".join(lines)

@@ -26,7 +26,7 @@ def backend_class(name: str) -> type[Backend]:
         raise OptionError("type", name, "no such backend", f"one of {', '.join(names())}, or module:Class of your own")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a module of the user's own raises when it is imported
         raise OptionError("type", name, f"does not import: {error}", "install the extra that it needs") from error
     if not (isinstance(found, type) and issubclass(found, Backend)):
         raise OptionError("type", name, "is not a storage_backends.base.Backend", "name a subclass of it")

@@ -22,6 +22,7 @@ PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "hicache_ext"
 
 #: io_uring with what the engines use; and the first with deferred task work and STATX_DIOALIGN.
 _KERNEL_OLDEST, _KERNEL_GOOD = (5, 6), (6, 1)
+_REBUILD = "apt install g++, then reinstall hicache-ext from its source: pip install --force-reinstall --no-deps ."
 #: As in the extra `vllm`.
 _VLLM_OLDEST = (0, 11, 0)
 
@@ -108,7 +109,7 @@ def checksums(implementation: str = "") -> Finding:
         return ok("checksums", f"CRC32C by {name}")
     return warning(
         "checksums", f"CRC32C by the {name}: more CPU a page than the compiled module",
-        "apt install g++ && pip install --force-reinstall --no-deps --no-binary hicache-ext hicache-ext",
+        _REBUILD,
     )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def native_parts() -> Finding:
     except ImportError as problem:
         return warning(
             "native parts", f"not built: {problem}",
-            "apt install g++ && pip install --force-reinstall --no-deps --no-binary hicache-ext hicache-ext",
+            _REBUILD,
         )  # fmt: skip
     info = _native.native_info()
     io_engine = "built" if info.get("io_engine") else "not built"

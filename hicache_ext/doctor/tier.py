@@ -40,7 +40,7 @@ class Place:
 def probe(place: Place) -> list[Finding]:
     """Everything about one tier; the first finding says where."""
     exists = place.path
-    while not exists.exists() and exists != exists.parent:
+    while not os.path.exists(exists) and exists != exists.parent:  # unlike Path's, false where it may not look
         exists = exists.parent
     findings = [path(place, exists), disk.probe(f"{place.label}: disk", exists)]
     if exists.is_dir() and os.access(exists, os.W_OK | os.X_OK):

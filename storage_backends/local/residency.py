@@ -132,6 +132,7 @@ class LogReader:
         self._path = path
         self._fd: int | None = None
         self._inode = 0
+        self._strange = -1
         self._position = 0
         self.restarted = False
 
@@ -184,7 +185,9 @@ class LogReader:
             return False
         magic, version, record_bytes, _ = _HEAD.unpack(raw)
         if magic != MAGIC:
-            logger.warning("%s: not a residency log; its folder is known by its slots alone", self._path)
+            if self._strange != self._inode:  # read is called several times a second
+                self._strange = self._inode
+                logger.warning("%s: not a residency log; its folder is known by its slots alone", self._path)
             return False
         if version != VERSION or record_bytes != RECORD_BYTES:
             raise UnknownVersion(f"residency log format {version}")

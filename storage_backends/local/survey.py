@@ -24,7 +24,7 @@ from hicache_ext.page import NO_PARENT
 from storage_backends.local.files import is_locked
 from storage_backends.local.folder import LOCK, extent_path
 from storage_backends.local.format import BLOCK, FORMAT_LINE, VERSION, ExtentHeader, FormatError, UnknownVersion
-from storage_backends.local.residency import NAME, Kind, LogReader, Record
+from storage_backends.local.residency import MAGIC, NAME, RECORD_BYTES, Kind, LogReader, Record
 
 _FORMAT = "FORMAT"
 _OURS_IN_FOLDER = {LOCK, NAME, "residency.new"}
@@ -200,15 +200,24 @@ def _folder(path: Path, problems: list[Problem]) -> FolderSurvey:
 
 
 def _log_pages(folder: Path, problems: list[Problem]) -> Pages:
-    if not is_plain(folder / NAME):
+    path = folder / NAME
+    if not is_plain(path):
+        return {}
+    try:
+        with open(path, "rb") as file:
+            strange = file.read(RECORD_BYTES)[: len(MAGIC)] not in (MAGIC, b"")
+    except OSError:
+        strange = False  # said below
+    if strange:
+        problems.append(Problem(path, Trouble.DAMAGED, "not a residency log: the folder is known by its slots alone"))
         return {}
     log = LogView(folder)
     try:
         log.refresh()
     except UnknownVersion as error:
-        problems.append(Problem(folder / NAME, Trouble.UNKNOWN_VERSION, f"{error}: its pages are not counted"))
+        problems.append(Problem(path, Trouble.UNKNOWN_VERSION, f"{error}: its pages are not counted"))
     except OSError as error:
-        problems.append(Problem(folder / NAME, Trouble.UNREADABLE, str(error.strerror)))
+        problems.append(Problem(path, Trouble.UNREADABLE, str(error.strerror)))
     finally:
         log.close()
     return log.pages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,37 @@ def test_files_that_are_no_configuration(tmp_path: Path, name: str, text: str, p
 def test_a_missing_file() -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         Config.load("/nowhere/at/all.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "tiers: [{type: memory, capacity: !!int ''}]"),  # PyYAML's own errors are of many kinds
+        ("a.yaml", "tiers: [{type: memory, capacity: !!bool x}]"),
+        ("a.yaml", "tiers: 2001-99-99"),
+        ("a.yaml", "tiers: " + "[" * 3000),
+        ("a.json", "[" * 100_000),
+        ("a.json", '{"tiers": ' + "1" * 5000 + "}"),
+        ("a.toml", "tiers = " + "[" * 3000),
+        ("a.yaml", "tiers: [{type: memory, capacity: 1GiB"),
+        ("a.yaml", "a: &a [x]\n" + "".join(f"{b}: &{b} [{f'*{a},' * 9}]\n" for a, b in pairwise("abcdefghi"))),
+    ],
+)
+def test_a_file_that_breaks_its_parser_is_one_short_line_per_problem(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        Config.load(tmp_path / name)
+    assert len(str(caught.value)) < 5000
+    assert all("Fix: " in line for line in str(caught.value).split("\n"))
+
+
+@pytest.mark.parametrize("path", ["/tmp/" + "a" * 300, "/proc/1/root/x" * 400])
+def test_a_path_that_the_system_refuses_is_a_clear_line(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"tiers\[0\].*Fix"):
+        Config.load({"tiers": [{"type": "local", "path": path, "capacity": "1MiB"}]})
+
+
+@pytest.mark.parametrize("name", [":x", ".x:y", "a b:c", "\0:x", "sys:", "sys:path"])
+def test_a_backend_name_that_is_none_is_a_clear_line(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"tiers\[0\]\.type.*Fix"):
+        Config.load({"tiers": [{"type": name}]})

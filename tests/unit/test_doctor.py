@@ -427,6 +427,7 @@ def as_nobody(config: Path) -> tuple[dict[str, Finding], list[Finding]]:
 def test_as_nobody_without_privileges() -> None:
     """A user without home, rights or capabilities: everything is told, and a path that is not theirs is an error."""
     place = Path(tempfile.mkdtemp())
+    software.probe(), memory.probe()  # import what they need, as _ENGINES does
     try:
         place.chmod(0o755)
         found, errors = as_nobody(config_file(place))

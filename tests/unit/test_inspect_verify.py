@@ -492,14 +492,16 @@ def _garble(path: Path) -> dict[str, Trouble]:
         "notes.txt": Trouble.NOT_OURS,
         "lost+found": Trouble.NOT_OURS,
         "w7": Trouble.NOT_OURS,
-        "residency.log": Trouble.UNKNOWN_VERSION,
+        "w8": Trouble.DAMAGED,
+        "w9": Trouble.UNKNOWN_VERSION,
     }
 
 
 def test_garbage_gets_a_line_each_and_the_rest_is_read(filled: Path) -> None:
     expected = _garble(filled)
     told = as_json("inspect", filled)
-    assert {Path(problem["path"]).name: problem["kind"] for problem in told["problems"]} == expected
+    named = {problem["path"].removesuffix("/residency.log"): problem["kind"] for problem in told["problems"]}
+    assert {Path(path).name: kind for path, kind in named.items()} == expected
     assert told["namespaces"][0]["pages"] == 25
     done = command("verify", filled, "--json")
     report = json.loads(done.stdout)
