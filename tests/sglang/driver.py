@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import rig
-from support import ROOT
+from support import ROOT, logged
 
 from hicache_ext.sglang import versions
 
@@ -45,12 +45,13 @@ def main() -> None:
             continue
         began = time.monotonic()
         rig.out(f"--- {name}")
-        try:
-            scenario()
-            results[name] = {"ok": True, "seconds": round(time.monotonic() - began, 2)}
-        except Exception:
-            results[name] = {"ok": False, "error": traceback.format_exc()}
-            rig.out(results[name]["error"])
+        with logged() as lines:
+            try:
+                scenario()
+                results[name] = {"ok": True, "seconds": round(time.monotonic() - began, 2)}
+            except Exception:
+                results[name] = {"ok": False, "error": "\n".join([traceback.format_exc(), *lines.lines[-30:]])}
+                rig.out(results[name]["error"])
     out.write_text(json.dumps(results, indent=1))
 
 

@@ -107,6 +107,26 @@ def plugin_detach_and_attach_again() -> None:
         assert found.controller.storage_backend is None
 
 
+def plugin_local_tier_keeps_every_layout() -> None:
+    """Detached and attached again, pages come back from the disk: aligned and not, in one buffer or in many."""
+    fresh_weights()
+    for layout, mla in LAYOUTS:
+        path = ROOT / f"local-{layout}-{mla}"
+        tier = {"type": "storage_backends.local:LocalBackend", "name": "local", "path": str(path), "capacity": "64MiB"}
+        found = rig.Rig(layout=layout, mla=mla)
+        key = found.key(TOKENS)
+        found.attach("hicache_ext", {"tiers": [tier]})
+        content, _ = found.backup(key, 1)
+        assert found.prefetch(key) == content, (layout, mla)
+        found.detach()
+        found.attach("hicache_ext", {"tiers": [tier]})
+        assert found.prefetch(key) == content, (layout, mla)
+        assert found.adapter.details()["adapter"]["read_hit"] == 20
+        assert found.adapter.clear() is True
+        assert found.prefetch(key) == b""
+        found.close()
+
+
 def plugin_runs_from_one_batch_to_the_next() -> None:
     """More pages than one call takes: the second batch's parent is the first one's last page."""
     pages = 140

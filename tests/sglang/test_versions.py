@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -30,8 +31,22 @@ PYTHON = os.environ.get("HICACHE_EXT_SGLANG_PYTHON", sys.executable)
 pytestmark = pytest.mark.sglang
 
 
+def _installed() -> str:
+    """The SGLang version of this interpreter's own environment, "" where there is none."""
+    try:
+        return importlib.metadata.version("sglang") if sys.executable == PYTHON else ""
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _path(version: str) -> Path | None:
+    """What goes before the environment's own packages; None where they are this version."""
+    return None if _installed() == version else UNPACKED / version
+
+
 def _missing(version: str) -> str:
-    if not (UNPACKED / version / "sglang").is_dir():
+    path = _path(version)
+    if path is not None and not (path / "sglang").is_dir():
         return f"no unpacked SGLang {version} in {UNPACKED} (make sglang-wheels, or set HICACHE_EXT_SGLANG_DIR)"
     if sys.executable == PYTHON and importlib.util.find_spec("torch") is None:
         return "no torch here (make venv, or set HICACHE_EXT_SGLANG_PYTHON to the SGLang CPU environment's python)"
@@ -45,7 +60,7 @@ def _run(version: str, mode: str) -> dict[str, Any]:
         out, log = Path(folder) / "out.json", Path(folder) / "log"
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HICACHE_EXT_")},
-            "PYTHONPATH": str(UNPACKED / version),
+            "PYTHONPATH": str(_path(version) or ""),
             "SGLANG_USE_CPU_ENGINE": "1",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
