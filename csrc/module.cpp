@@ -89,8 +89,7 @@ nb::dict native_info() {
     info["crc32c"] = hicache::checksum::active().name;
     info["crc32c_available"] = available;
     info["compiler"] = HICACHE_COMPILER;
-    info["liburing_headers"] = HICACHE_LIBURING_HEADERS != 0;
-    info["io_engine"] = false;  // the native I/O engine is not part of this build
+    info["io_engine"] = HICACHE_IO_ENGINE != 0;  // hicache_ext._io is part of this build
     return info;
 }
 

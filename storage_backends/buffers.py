@@ -32,9 +32,8 @@ class OwnedMemory:
         self.size = size
         huge = size >= HUGE_PAGE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.map, self.kind = _reserved(size, flags) if huge else (None, "4 KiB pages")
-        if self.map is None:
-            self.map = mmap.mmap(-1, size + (HUGE_PAGE if huge else 0), flags)
+        reserved, self.kind = _reserved(size, flags) if huge else (None, "4 KiB pages")
+        self.map = mmap.mmap(-1, size + (HUGE_PAGE if huge else 0), flags) if reserved is None else reserved
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         self.address = -(-base // HUGE_PAGE) * HUGE_PAGE if huge else base
         self.offset = self.address - base
@@ -73,22 +72,40 @@ def _reserved(size: int, flags: int) -> tuple[mmap.mmap | None, str]:
 
 
 class BufferPool:
-    """`count` buffers of `size` bytes each (a multiple of 4 KiB), lent one at a time."""
+    """`count` buffers of `size` bytes each (a multiple of 4 KiB), lent and given back.
+
+    rows: uint8[count, size], the buffers by number; `numbers` says which numbers addresses have.
+    """
 
     def __init__(self, size: int, count: int) -> None:
         self.size = size
-        self._memory = OwnedMemory(size * count)
-        self._free = [self._memory.address + i * size for i in range(count)]
+        self.memory = OwnedMemory(size * count)
+        self.rows = np.frombuffer(self.memory.view, np.uint8).reshape(count, size)
+        self._free = [self.memory.address + i * size for i in range(count)]
         self._cond = threading.Condition()
 
     def take(self, timeout: float | None = None) -> int | None:
         """Address of a free buffer; waits up to `timeout` seconds (None: for ever), then None."""
+        taken = self.take_many(1, timeout)
+        return taken[0] if taken else None
+
+    def take_many(self, most: int, timeout: float | None = None) -> list[int]:
+        """Addresses of up to `most` free buffers; waits up to `timeout` seconds for the first, then none."""
         with self._cond:
             if not self._cond.wait_for(lambda: self._free, timeout):
-                return None
-            return self._free.pop()
+                return []
+            taken = self._free[-most:]
+            del self._free[-most:]
+            return taken
 
     def give(self, address: int) -> None:
+        self.give_many([address])
+
+    def give_many(self, addresses: list[int]) -> None:
         with self._cond:
-            self._free.append(address)
-            self._cond.notify()
+            self._free += addresses
+            self._cond.notify_all()
+
+    def numbers(self, addresses: np.ndarray) -> np.ndarray:
+        """Rows of these addresses (uint64)."""
+        return (addresses - np.uint64(self.memory.address)) // np.uint64(self.size)

@@ -55,7 +55,8 @@ def native_parts() -> dict[str, str]:
 
         info = _native.native_info()
         parts["checksums"] = f"native, CRC32C by {info['crc32c']} ({info['compiler']})"
-        parts["native I/O engine"] = "in" if info["io_engine"] else "left out: this version has none"
+        engine = "in" if info["io_engine"] else "left out: built without liburing 2.3 or newer and its headers"
+        parts["native I/O engine"] = engine
     except ImportError:
         parts["checksums"] = "left out: built without a C++ compiler; the crc32c wheel is used"
         parts["native I/O engine"] = "left out: built without a C++ compiler"

@@ -12,8 +12,9 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,21 +35,22 @@ from storage_backends.base import (
     PageBatch,
     Residency,
 )
+from storage_backends.buffers import OwnedMemory
 from storage_backends.local import checksum
 from storage_backends.local.directory import Directory
-from storage_backends.local.engine import IoEngine, Transfer, open_engine
+from storage_backends.local.engine import IoEngine, open_engine
 from storage_backends.local.files import probe_direct
 from storage_backends.local.folder import Extent
-from storage_backends.local.format import BLOCK, FormatError, SlotHeader, SlotShape
+from storage_backends.local.format import BLOCK, FormatError, SlotShape
 from storage_backends.local.index import Entry, Index
 from storage_backends.local.recovery import scan
-from storage_backends.local.slots import SlotIo, SlotMemory, Verdict
+from storage_backends.local.slots import CancelFlag, SlotGroup, SlotIo, Verdict, slot_engine
+from storage_backends.local.writer import Writer
 
 logger = logging.getLogger(__name__)
 
 _MAINTENANCE_SECONDS = 0.2
 _SHARE_SECONDS = 2.0
-_GROUP_BYTES = 8 << 20
 _MIN_CAPACITY = 1 << 20
 
 
@@ -65,17 +67,16 @@ class LocalOptions(BackendOptions):
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """One page's I/O. entry: the page being read; None for a write."""
+    """Pages of one batch whose I/O begins together. entries: the pages being read, or what is published once written.
 
-    batch: PageBatch
-    page: int
-    extent: Extent
-    slot: int
-    io: SlotIo
-    memory: SlotMemory
+    The lists are by place in the group: pages[i] is the page's number in the batch.
+    """
+
     completion: Completion
-    entry: Entry | None = None
-    header: SlotHeader | None = None
+    pages: list[int]
+    entries: list[Entry]
+    extents: list[Extent]
+    group: SlotGroup | None = None
 
 
 class LocalBackend(Backend):
@@ -111,7 +112,7 @@ class LocalBackend(Backend):
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
         self._said: set[str] = set()
-        self._ios: dict[SlotShape, SlotIo] = {}
+        self._ios: dict[tuple[tuple[int, ...], int], SlotIo] = {}
         self._closing = threading.Event()
         self._gone = False
         options.path.mkdir(parents=True, exist_ok=True)
@@ -125,7 +126,9 @@ class LocalBackend(Backend):
             ) from error  # fmt: skip
         self.capabilities = Capabilities(persistent=True, shared=True, alignment=self._direct.alignment, medium="DISK")
         self._engine: IoEngine = open_engine(options.engine)
-        self._zeroes = SlotIo(SlotShape(BLOCK, 0, BLOCK, 0), BLOCK)
+        self._slots = slot_engine(self._engine)
+        self._open_files: list[int] = []
+        self._zeroes = OwnedMemory(BLOCK)
         logger.info(
             "local tier %s: %s, engine %s, %s, checksums by %s; %d pages known from the logs",
             options.path, options.capacity.human_readable(), self._engine.name,
@@ -169,15 +172,19 @@ class LocalBackend(Backend):
 
     def read(self, batch: PageBatch) -> Completion:
         completion = Completion(len(batch), self.dispatcher)
+        completion.cancelled = cancelled = CancelFlag()
         io = self._io(batch)
-        digest = batch.namespace.digest
-        todo: list[tuple[int, Entry, Extent]] = []
+        bounced = io.must_bounce(batch)
+        pages: list[int] = []
+        entries: list[Entry] = []
+        extents: list[Extent] = []
         missing = []
         with self._lock:
-            if any(self._index.get(digest, batch.key(page)) is None for page in range(len(batch))):
+            found = self._entries(batch)
+            if None in found:
                 self._directory.refresh()
-            for page in range(len(batch)):
-                entry = self._index.get(digest, batch.key(page))
+                found = self._entries(batch)
+            for page, entry in enumerate(found):
                 extent = None if entry is None else self._extent(entry)
                 if entry is None or extent is None:
                     missing.append(page)
@@ -186,21 +193,26 @@ class LocalBackend(Backend):
                     continue
                 entry.pins += 1
                 extent.pins += 1
-                todo.append((page, entry, extent))
-            self._index.touch(digest, [*self._head(batch), *(entry.key for _, entry, _ in todo)])
+                pages.append(page)
+                entries.append(entry)
+                extents.append(extent)
+            self._index.touch(batch.namespace.digest, [*self._head(batch), *(entry.key for entry in entries)])
+            self._count_way(bounced, len(pages))
         completion.settle_many(missing, [Outcome.MISS] * len(missing))
-        bounced = io.must_bounce(batch)
-        self._count_way(bounced, len(todo))
-        group: list[Transfer] = []
-        for page, entry, extent in todo:
-            memory = io.take(batch, page, bounced)
-            flight = _Flight(batch, page, extent, entry.slot, io, memory, completion, entry)
-            group.append(self._transfer(flight, write=False))
-            if len(group) * io.shape.slot_bytes >= _GROUP_BYTES:
-                self._engine.submit(group)
-                group = []
-        self._engine.submit(group)
+        numbers = [entry.slot for entry in entries]
+        at = 0
+        while at < len(pages):
+            flight = _Flight(completion, pages[at:], entries[at:], extents[at:])
+            ended = partial(self._read_done, flight)
+            group = io.group(batch, pages[at:], False, bounced, flight.extents, numbers[at:], cancelled, ended)
+            at += len(group)
+            flight.group = group
+            self._slots.submit_slots(group)
         return completion
+
+    def _entries(self, batch: KeyBatch) -> list[Entry | None]:
+        digest = batch.namespace.digest
+        return [self._index.get(digest, batch.key(page)) for page in range(len(batch))]
 
     def _extent(self, entry: Entry) -> Extent | None:
         writer = self._directory.writer
@@ -209,37 +221,42 @@ class LocalBackend(Backend):
         folder = self._directory.folders.get(entry.folder)
         return None if folder is None else folder.extent(entry.extent)
 
-    def _read_done(self, flight: _Flight, moved: int) -> None:
-        entry = flight.entry
-        assert entry is not None
-        outcome, why = Outcome.FAILED, ""
-        if moved == -errno.ECANCELED:
-            outcome = Outcome.TIMEOUT
-        elif moved < 0:
-            why = "io_error"
-            self._say(f"read {errno.errorcode.get(-moved, -moved)}", "a read failed with %s", os.strerror(-moved))
-        else:
-            verdict, _ = flight.io.verify(flight.memory, flight.batch, flight.page, moved)
-            if verdict is Verdict.VALID:
-                outcome = Outcome.HIT
-            elif verdict is Verdict.OTHER_PAGE and not entry.own:
-                outcome, why = Outcome.MISS, "lost_race"  # its writer reused the slot: the end of every eviction
-            else:
-                outcome, why = Outcome.CORRUPT, "corrupt"
-                self._say("corrupt", "a page failed verification (%s) and is quarantined", verdict.value)
-        flight.io.give(flight.memory)
+    def _read_done(self, flight: _Flight, places: Sequence[int], moved: Sequence[int], verdicts: bytes) -> None:
+        assert flight.group is not None
+        flight.group.io.give(flight.group, places)
+        whole = verdicts.count(Verdict.VALID) == len(verdicts)
         with self._lock:
-            if why == "io_error":
-                entry.failures += 1
-                self._counts["io_errors"] += 1
-                if entry.failures > 1:  # once may be the bus; twice is this page
-                    self._drop(entry, why)
-            elif why:
-                self._drop(entry, why)
-            if why == "corrupt" and entry.own:
-                self._erase(flight.extent, flight.slot)
-            self._unpin(entry, flight.extent)
-        flight.completion.settle(flight.page, outcome)
+            outcomes = [
+                Outcome.HIT if whole else self._read_outcome(flight, place, result, verdict)
+                for place, result, verdict in zip(places, moved, verdicts, strict=True)
+            ]
+            for place in places:
+                self._unpin(flight.entries[place], flight.extents[place])
+        flight.completion.settle_many([flight.pages[place] for place in places], outcomes)
+
+    def _read_outcome(self, flight: _Flight, place: int, moved: int, verdict: int) -> Outcome:
+        """What became of one page, and what follows for the index. The page is still pinned."""
+        entry = flight.entries[place]
+        if moved == -errno.ECANCELED:
+            return Outcome.TIMEOUT
+        if moved < 0:
+            self._say(f"read {errno.errorcode.get(-moved, -moved)}", "a read failed with %s", os.strerror(-moved))
+            entry.failures += 1
+            self._counts["io_errors"] += 1
+            if entry.failures > 1:  # once may be the bus; twice is this page
+                self._drop(entry, "io_error")
+            return Outcome.FAILED
+        if verdict == Verdict.VALID:
+            return Outcome.HIT
+        if verdict == Verdict.OTHER_PAGE and not entry.own:
+            self._drop(entry, "lost_race")  # its writer reused the slot: the end of every eviction
+            return Outcome.MISS
+        what = Verdict(verdict).name.lower().replace("_", " ")
+        self._say("corrupt", "a page failed verification (%s) and is quarantined", what)
+        self._drop(entry, "corrupt")
+        if entry.own:
+            self._erase(flight.extents[place], entry.slot)
+        return Outcome.CORRUPT
 
     def _drop(self, entry: Entry, reason: str) -> None:
         """Stop serving a page. Another writer's page is only forgotten here: its slot is not ours to free."""
@@ -250,19 +267,11 @@ class LocalBackend(Backend):
 
     def _erase(self, extent: Extent, slot: int) -> None:
         """Overwrite a slot's header, so that no later scan takes the page in again. The caller has it pinned."""
-        header = self._zeroes._headers.take()
-        assert header is not None
         try:
             if not extent.doomed:
-                view = SlotMemory(header, False, np.empty(0), np.empty(0), np.empty(0), 0).header_view(
-                    self._zeroes.shape
-                )
-                view[:] = bytes(BLOCK)
-                os.pwrite(extent.fd, view, extent.header.slot_offset(slot))
+                os.pwrite(extent.fd, self._zeroes.view, extent.header.slot_offset(slot))
         except OSError as error:
             self._say("erase", "a quarantined slot could not be erased: %s", error)
-        finally:
-            self._zeroes._headers.give(header)
 
     def _unpin(self, entry: Entry, extent: Extent) -> None:
         entry.pins -= 1
@@ -277,8 +286,11 @@ class LocalBackend(Backend):
 
     def write(self, batch: PageBatch) -> Completion:
         completion = Completion(len(batch), self.dispatcher)
+        completion.cancelled = cancelled = CancelFlag()
         io = self._io(batch)
-        todo: list[tuple[int, Extent, int, int]] = []
+        bounced = io.must_bounce(batch)
+        pages: list[int] = []
+        places: list[tuple[Extent, int, int]] = []
         known: list[tuple[int, Outcome]] = []
         with self._lock:
             self._directory.refresh()  # what another writer has is not written twice
@@ -311,21 +323,33 @@ class LocalBackend(Backend):
                     known.append((page, Outcome.REJECTED))
                     refused.add(batch.key(page))
                     continue
-                todo.append((page, *place))
+                pages.append(page)
+                places.append(place)
+            self._count_way(bounced, len(pages))
         completion.settle_many([page for page, _ in known], [outcome for _, outcome in known])
-        bounced = io.must_bounce(batch)
-        self._count_way(bounced, len(todo))
-        group: list[Transfer] = []
-        for page, extent, slot, generation in todo:
-            memory = io.take(batch, page, bounced)
-            header = self._header(batch, page, generation, io.fill(memory, batch, page))
-            header.encode_into(memory.header_view(io.shape))
-            flight = _Flight(batch, page, extent, slot, io, memory, completion, None, header)
-            group.append(self._transfer(flight, write=True))
-            if len(group) * io.shape.slot_bytes >= _GROUP_BYTES:
-                self._engine.submit(group)
-                group = []
-        self._engine.submit(group)
+        if not pages:
+            return completion
+        space, now = batch.namespace, time.time_ns()
+        folder = self._writer.number
+        extents = [extent for extent, _, _ in places]
+        numbers = [slot for _, slot, _ in places]
+        entries = [
+            Entry(
+                space.digest, batch.key(page), batch.parent(page) or NO_PARENT, folder, extent.number, slot, generation,
+                own=True, time_ns=now,
+            )
+            for page, (extent, slot, generation) in zip(pages, places, strict=True)
+        ]  # fmt: skip
+        at = 0
+        while at < len(pages):
+            flight = _Flight(completion, pages[at:], entries[at:], extents[at:])
+            ended = partial(self._write_done, flight)
+            group = io.group(batch, pages[at:], True, bounced, flight.extents, numbers[at:], cancelled, ended)
+            end = at + len(group)
+            io.write_headers(group, batch, pages[at:end], [entry.generation for entry in entries[at:end]], now)
+            at = end
+            flight.group = group
+            self._slots.submit_slots(group)
         return completion
 
     def _chain(self, batch: KeyBatch) -> Iterable[bytes]:
@@ -351,49 +375,37 @@ class LocalBackend(Backend):
             if not directory.reclaim_abandoned():
                 return None
 
-    @staticmethod
-    def _header(batch: PageBatch, page: int, generation: int, crcs: np.ndarray) -> SlotHeader:
-        events = (0, 0) if batch.event_hashes is None else batch.event_hashes[page].tolist()
-        space = batch.namespace
-        return SlotHeader(
-            space.digest, batch.key(page), batch.parent(page) or NO_PARENT, generation, time.time_ns(),
-            space.layout.buffer_lengths, crcs, space.pool, None if batch.tokens is None else batch.tokens[page],
-            events[0], events[1], space.salt, space.lora,
-        )  # fmt: skip
+    @property
+    def _writer(self) -> Writer:
+        writer = self._directory.writer
+        assert writer is not None
+        return writer
 
-    def _write_done(self, flight: _Flight, moved: int) -> None:
-        header = flight.header
-        assert header is not None
-        flight.io.give(flight.memory)
+    def _write_done(self, flight: _Flight, places: Sequence[int], moved: Sequence[int], _: bytes) -> None:
+        group = flight.group
+        assert group is not None
+        group.io.give(group, places)
+        length = int(group.iov[: len(group.iov) // len(group), 1].sum())
+        outcomes = []
+        stored: list[Entry] = []
         with self._lock:
-            writer = self._directory.writer
-            assert writer is not None
-            if moved == flight.memory.length and not flight.extent.doomed:
-                outcome = Outcome.HIT
-                writer.publish(
-                    [
-                        Entry(
-                            header.namespace,
-                            header.key,
-                            header.parent,
-                            writer.number,
-                            flight.extent.number,
-                            flight.slot,
-                            header.generation,
-                            own=True,
-                            time_ns=header.time_ns,
-                        )
-                    ]
-                )
-                self._index.touch(header.namespace, [header.key])
-                self._counts["stored"] += 1
-            else:
-                outcome = self._refused(moved)
-                writer.give_back(flight.extent, flight.slot)
-            flight.extent.unpin()
-        if outcome is Outcome.HIT:
-            self.report(Residency.STORED, header.namespace, header.key)
-        flight.completion.settle(flight.page, outcome)
+            writer = self._writer
+            for place, result in zip(places, moved, strict=True):
+                entry, extent = flight.entries[place], flight.extents[place]
+                if result == length and not extent.doomed:
+                    outcomes.append(Outcome.HIT)
+                    stored.append(entry)
+                else:
+                    outcomes.append(self._refused(result))
+                    writer.give_back(extent, entry.slot)
+            if stored:
+                writer.publish(stored)
+                self._index.touch(group.namespace, [entry.key for entry in stored])
+                self._counts["stored"] += len(stored)
+            for place in places:
+                flight.extents[place].unpin()
+        self.report(Residency.STORED, group.namespace, b"".join([entry.key for entry in stored]))
+        flight.completion.settle_many([flight.pages[place] for place in places], outcomes)
 
     def _refused(self, moved: int) -> Outcome:
         if moved == -errno.ECANCELED:
@@ -462,28 +474,19 @@ class LocalBackend(Backend):
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _io(self, batch: PageBatch) -> SlotIo:
-        shape = SlotShape.of_namespace(batch.namespace)
-        io = self._ios.get(shape)
+        layout = batch.namespace.layout
+        key = (layout.buffer_lengths, layout.page_size)
+        io = self._ios.get(key)
         if io is None:
             with self._lock:
-                io = self._ios.setdefault(shape, SlotIo(shape, self._direct.alignment))
+                io = self._ios.get(key)
+                if io is None:
+                    io = SlotIo(*key, self._direct.alignment, self._engine.register_memory)
+                    self._ios[key] = io
         return io
 
-    def _transfer(self, flight: _Flight, write: bool) -> Transfer:
-        done = self._write_done if write else self._read_done
-        offset = flight.extent.header.slot_offset(flight.slot)
-        return Transfer(
-            flight.extent.fd,
-            offset,
-            flight.memory.iov,
-            write,
-            lambda moved: done(flight, moved),
-            flight.completion.cancelled,
-        )
-
     def _count_way(self, bounced: bool, pages: int) -> None:
-        with self._lock:
-            self._counts["pages_bounced" if bounced else "pages_direct"] += pages
+        self._counts["pages_bounced" if bounced else "pages_direct"] += pages
         if bounced and pages:
             self._say(
                 "bounce", "pages of this pool are not aligned for direct I/O and go through a bounce buffer%s", ""
@@ -516,6 +519,17 @@ class LocalBackend(Backend):
         with self._lock:
             self._counts["recovered_by_scan"] += found
 
+    def _retain_files(self) -> None:
+        """Tell the engine which extents are still open: what it registered of the others holds their space."""
+        writer = self._directory.writer
+        holders = [folder.extents for folder in self._directory.folders.values()]
+        if writer is not None:
+            holders.append(writer.extents)
+        serials = [extent.serial for extents in holders for extent in extents.values()]
+        if serials != self._open_files:
+            self._open_files = serials
+            self._slots.retain_files(serials)
+
     def _maintain(self) -> None:
         last_share = 0.0
         while not self._closing.wait(_MAINTENANCE_SECONDS):
@@ -528,6 +542,7 @@ class LocalBackend(Backend):
                     if gone or self._closing.is_set():
                         continue
                     self._directory.refresh()
+                    self._retain_files()
                     if self._directory.writer is not None and time.monotonic() - last_share > _SHARE_SECONDS:
                         last_share = time.monotonic()
                         self._directory.update_share()

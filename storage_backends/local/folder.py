@@ -10,7 +10,8 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from storage_backends.local.files import DirectIo, is_locked, open_extent
@@ -25,7 +26,10 @@ LOCK = "lock"
 
 @dataclass(slots=True, eq=False)
 class Extent:
-    """An open extent. pins: I/O that uses `fd` now; a doomed extent is closed when the last pin goes."""
+    """An open extent. pins: I/O that uses `fd` now; a doomed extent is closed when the last pin goes.
+
+    serial: a number that no other open extent of this process ever has, unlike `fd`.
+    """
 
     path: Path
     number: int
@@ -33,6 +37,7 @@ class Extent:
     fd: int
     pins: int = 0
     doomed: bool = False
+    serial: int = field(default_factory=count(1).__next__)
 
     def unpin(self) -> None:
         self.pins -= 1

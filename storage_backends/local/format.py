@@ -247,6 +247,67 @@ class SlotHeader:
         return None if self.parent == NO_PARENT else self.parent
 
 
+class SlotHeaders:
+    """Headers of many pages of one namespace at once, byte for byte what `SlotHeader.encode_into` writes, except that
+    the checksums are 0: whoever writes the pages computes them where the bytes are, and `seal_header` puts them in.
+    """
+
+    _FIELDS = np.dtype(
+        {
+            "names": ["flags", "key", "parent", "generation", "time", "events"],
+            "formats": ["<u2", "V32", "V32", "<u8", "<u8", "(2,)<i8"],
+            "offsets": [10, 32, 64, 96, 104, 144],
+            "itemsize": _SLOT.size,
+        }
+    )
+
+    def __init__(self, namespace: Namespace, shape: SlotShape, tokens: int | None) -> None:
+        """tokens: token ids per page; None: these pages come without."""
+        lengths = namespace.layout.buffer_lengths
+        empty = SlotHeader(
+            namespace.digest, NO_PARENT, NO_PARENT, 0, 0, lengths, np.zeros(shape.chunks, np.uint32), namespace.pool,
+            None if tokens is None else np.zeros(tokens, np.uint32), 0, 0, namespace.salt, namespace.lora,
+        )  # fmt: skip
+        self._blank = np.zeros(shape.header_bytes, np.uint8)
+        empty.encode_into(self._blank.data)
+        self._blank[_SLOT_CRC : _SLOT_CRC + 4] = 0
+        self._tokens_at = _crcs_at(len(lengths)) + 4 * shape.chunks
+
+    def write(
+        self, rows: np.ndarray, which: np.ndarray, keys: bytes, parents: bytes | None, generations: np.ndarray,
+        time_ns: int, tokens: np.ndarray | None, event_hashes: np.ndarray | None,
+    ) -> None:  # fmt: skip
+        """Page i's header into rows[which[i]].
+
+        rows: uint8[..., at least the header's bytes]. keys, parents: 32 bytes per page. generations: uint64[n].
+        tokens: uint32[n, as many as were promised]. event_hashes: int64[n, 2].
+        """
+        rows[which, : len(self._blank)] = self._blank
+        fields = rows[:, : _SLOT.size].view(self._FIELDS)[:, 0]
+        fields["key"][which] = np.frombuffer(keys, "V32")
+        if parents is not None:
+            fields["parent"][which] = np.frombuffer(parents, "V32")
+        fields["generation"][which] = generations
+        fields["time"][which] = time_ns
+        if event_hashes is not None:
+            fields["events"][which] = event_hashes
+            fields["flags"][which] |= np.where(event_hashes[:, 0] != 0, FLAG_EVENT_HASHES, 0).astype(np.uint16)
+        if tokens is not None:
+            flat = np.ascontiguousarray(tokens, "<u4").view(np.uint8)
+            rows[which, self._tokens_at : self._tokens_at + flat.shape[1]] = flat
+
+
+def seal_header(raw: memoryview, buffers: int, crcs: np.ndarray) -> None:
+    """Put the chunks' checksums (uint32) and its own into a header of `SlotHeaders`."""
+    at = _crcs_at(buffers)
+    raw[at : at + 4 * len(crcs)] = crcs.astype("<u4").tobytes()
+    struct.pack_into("<I", raw, _SLOT_CRC, crc32c(raw))
+
+
+def _crcs_at(buffers: int) -> int:
+    return _SLOT.size + 8 * buffers
+
+
 def _crc_without(raw: bytes | memoryview, at: int) -> int:
     """CRC32C of `raw` with the four bytes at `at` taken as zero."""
     copy = bytearray(raw)

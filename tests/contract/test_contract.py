@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage_backends.base import Backend, Completion, Dispatcher, Outcome, Residency
+from storage_backends.base import Backend, Completion, Dispatcher, OptionError, Outcome, Residency
 from storage_backends.local import LocalBackend
 from storage_backends.memory import MemoryBackend
 from tests.pages import HostPool, chain, key_batch, namespace
@@ -25,12 +25,22 @@ def _memory(_: Path, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backen
 def _local(engine: str) -> Callable[..., Backend]:
     def open_local(path: Path, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
         options = {"path": path / "tier", "capacity": capacity, "engine": engine}
-        return LocalBackend(LocalBackend.Options.model_validate(options), dispatcher)
+        try:
+            return LocalBackend(LocalBackend.Options.model_validate(options), dispatcher)
+        except OptionError as error:
+            if error.key != "engine":
+                raise
+            pytest.skip(str(error))
 
     return open_local
 
 
-BACKENDS = {"memory": _memory, "local-threads": _local("threads"), "local-liburing": _local("liburing")}
+BACKENDS = {
+    "memory": _memory,
+    "local-threads": _local("threads"),
+    "local-liburing": _local("liburing"),
+    "local-native": _local("native"),
+}
 
 
 @pytest.fixture(params=sorted(BACKENDS))

@@ -13,6 +13,7 @@ import pytest
 
 from storage_backends.base import Dispatcher, OptionError, Outcome
 from storage_backends.local import LocalBackend
+from storage_backends.local import engine as engine_module
 from tests.pages import HostPool, chain, key_batch, namespace
 
 MIB = 1 << 20
@@ -249,7 +250,8 @@ def test_pools_that_do_not_fit_direct_io_bounce_and_are_counted(tier: Open) -> N
     assert served(backend, odd, chain("a", 3)) == [Outcome.HIT] * 3
 
 
-def test_an_engine_that_is_not_there_is_refused_by_name(tier: Open) -> None:
+def test_an_engine_that_is_not_there_is_refused_by_name(tier: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engine_module._CLASSES, "native", ("storage_backends.local.not_there", "NativeEngine"))
     with pytest.raises(OptionError, match=r"engine = 'native'.*Fix:"):
         tier(engine="native")
 

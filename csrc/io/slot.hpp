@@ -1,0 +1,41 @@
+// A slot's bytes: sealing a page before it is written, and judging one that was read. Pure functions over memory.
+//
+// Belongs here: the part of the on-disk format (storage_backends/local/format.py, version 1) that must run where
+// the bytes move. Does not belong here: I/O, or headers as a whole (Python prepares them, checksums left 0).
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace hicache::io {
+
+/// What a page turned out to be. The numbers are Python's (storage_backends.local.slots.Verdict).
+enum class Verdict : std::uint8_t {
+    kUnchecked = 0,  // not a slot, a write, or an error: `moved` says all there is
+    kValid = 1,
+    kOtherPage = 2,  // a good header of another page
+    kDamaged = 3,    // a bad header, a bad checksum, or less than a page
+};
+
+/// What all pages of a batch share.
+struct SlotShape {
+    std::array<std::uint8_t, 16> name_space{};
+    std::uint64_t header_bytes = 0;
+    std::vector<std::uint64_t> lengths;  // bytes of each buffer of a page
+
+    std::uint64_t payload_bytes() const noexcept;
+    /// Whether a header of this size can hold the checksums: `seal` writes there without another look.
+    bool fits() const noexcept;
+};
+
+/// Puts the payload's checksums and the header's own into a header that has zeroes there.
+/// payload: where each of the shape's buffers lies.
+void seal(const SlotShape& shape, std::uint8_t* header, std::span<const std::uint8_t* const> payload) noexcept;
+
+/// Judges a slot of which `moved` bytes arrived. key: 32 bytes. Reads no length that it has not checked.
+Verdict verify(const SlotShape& shape, const std::uint8_t* key, const std::uint8_t* header,
+               std::span<const std::uint8_t* const> payload, std::uint64_t moved) noexcept;
+
+}  // namespace hicache::io
