@@ -14,7 +14,7 @@ from pathlib import Path
 
 from storage_backends.base import OptionError
 from storage_backends.local.files import DirectIo, remove_old_probes, try_lock
-from storage_backends.local.folder import LOCK, Folder, extent_numbers, extent_path
+from storage_backends.local.folder import LOCK, Folder, extent_numbers, extent_path, folder_number
 from storage_backends.local.format import FORMAT_LINE, VERSION
 from storage_backends.local.index import Index
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record
@@ -57,11 +57,13 @@ class Directory:
             if mtime != self._seen_mtime:
                 self._seen_mtime = mtime
                 for name in sorted(os.listdir(self.path)):
-                    if name.startswith("w") and name[1:].isdigit():
-                        number = int(name[1:])
-                        if number not in self.folders and (self.writer is None or self.writer.number != number):
-                            self.folders[number] = Folder(self.path / name, self.direct)
-            for folder in self.folders.values():
+                    number = folder_number(name)
+                    if number is None or number in self.folders or not (self.path / name).is_dir():
+                        continue
+                    if self.writer is None or self.writer.number != number:
+                        self.folders[number] = Folder(self.path / name, self.direct)
+        for folder in self.folders.values():
+            with contextlib.suppress(OSError):  # a folder that cannot be read hides none of the others
                 folder.poll(self.index)
 
     def claim(self, namespace: bytes, removed: RemovedListener) -> Writer:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -57,13 +58,24 @@ def extent_path(folder: Path, number: int) -> Path:
     return folder / f"e{number:010d}.ext"
 
 
+def extent_number(name: str) -> int | None:
+    """The number in an extent's file name; None for a name that no writer gives."""
+    found = re.fullmatch(r"e([0-9]{10,})\.ext", name)
+    return int(found.group(1)) if found and name == extent_path(Path(), int(found.group(1))).name else None
+
+
+def folder_number(name: str) -> int | None:
+    """The number in a writer folder's name; None for a name that no writer gives."""
+    return int(name[1:]) if re.fullmatch(r"w(0|[1-9][0-9]{0,8})", name) else None
+
+
 def extent_numbers(folder: Path) -> list[int]:
     """Numbers of the extents in a folder, ascending."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    return sorted(int(n[1:-4]) for n in names if n.startswith("e") and n.endswith(".ext") and n[1:-4].isdigit())
+    return sorted(number for name in names if (number := extent_number(name)) is not None)
 
 
 def read_extent_header(path: Path) -> ExtentHeader:
@@ -103,10 +115,15 @@ class Folder:
         first = True
         for record in self._log.read():
             if first and self._log.restarted:
-                for entry in index.in_folder(self.number):
-                    index.remove(entry)
+                self._forget(index)
             first = False
             yield record
+        if first and self._log.restarted:
+            self._forget(index)  # replaced by a log without records
+
+    def _forget(self, index: Index) -> None:
+        for entry in index.in_folder(self.number):
+            index.remove(entry)
 
     def _apply(self, record: Record, index: Index) -> None:
         match record.kind:

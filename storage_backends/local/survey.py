@@ -22,7 +22,7 @@ from typing import Any
 
 from hicache_ext.page import NO_PARENT
 from storage_backends.local.files import is_locked
-from storage_backends.local.folder import LOCK, extent_path
+from storage_backends.local.folder import LOCK, extent_number, folder_number
 from storage_backends.local.format import BLOCK, FORMAT_LINE, VERSION, ExtentHeader, FormatError, UnknownVersion
 from storage_backends.local.residency import MAGIC, NAME, RECORD_BYTES, Kind, LogReader, Record
 
@@ -149,7 +149,7 @@ def survey(path: Path) -> Survey:
             from error  # fmt: skip
     for name in names:
         inside = path / name
-        if name.startswith("w") and name[1:].isdigit() and inside.is_dir():
+        if folder_number(name) is not None and inside.is_dir():
             found.folders.append(_folder(inside, found.problems))
         elif name != _FORMAT and not name.startswith(".probe-"):
             found.problems.append(Problem(inside, Trouble.NOT_OURS, "not a file of the local tier"))
@@ -180,8 +180,8 @@ def _folder(path: Path, problems: list[Problem]) -> FolderSurvey:
     for name in names:
         if not is_plain(path / name) and os.path.lexists(path / name):
             problems.append(Problem(path / name, Trouble.NOT_OURS, "not a plain file"))
-        elif name.startswith("e") and name.endswith(".ext") and name[1:-4].isdigit():
-            extent = _extent(path, name, problems)
+        elif (number := extent_number(name)) is not None:
+            extent = _extent(path / name, number, problems)
             if extent is not None:
                 folder.extents.append(extent)
         elif name not in _OURS_IN_FOLDER:
@@ -231,8 +231,7 @@ def is_plain(path: Path) -> bool:
         return False
 
 
-def _extent(folder: Path, name: str, problems: list[Problem]) -> ExtentFile | None:
-    path = folder / name
+def _extent(path: Path, number: int, problems: list[Problem]) -> ExtentFile | None:
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -253,8 +252,7 @@ def _extent(folder: Path, name: str, problems: list[Problem]) -> ExtentFile | No
     except FormatError as error:
         problems.append(Problem(path, Trouble.DAMAGED, f"{error}: its pages are lost"))
         return None
-    number = int(name[1:-4])
-    if header.number != number or path != extent_path(folder, number):
+    if header.number != number:
         problems.append(Problem(path, Trouble.DAMAGED, f"says that it is extent {header.number}: its pages are lost"))
         return None
     if size < header.extent_bytes:

@@ -473,6 +473,9 @@ def _garble(path: Path) -> dict[str, Trouble]:
     (folder / "e0000000055.ext").write_bytes(b"short")
     (folder / "e00000000056.ext").mkdir()
     os.mkfifo(folder / "e0000000057.ext")
+    (folder / "e58.ext").write_bytes(extent.encode())
+    (path / "w\N{SUPERSCRIPT TWO}").mkdir()
+    (path / "w007").mkdir()
     (folder / "notes.txt").write_text("mine")
     (path / "lost+found").mkdir()
     (path / "w7").write_text("a file with a folder's name")
@@ -489,7 +492,10 @@ def _garble(path: Path) -> dict[str, Trouble]:
         "e0000000055.ext": Trouble.DAMAGED,
         "e00000000056.ext": Trouble.NOT_OURS,
         "e0000000057.ext": Trouble.NOT_OURS,
+        "e58.ext": Trouble.NOT_OURS,
         "notes.txt": Trouble.NOT_OURS,
+        "w\N{SUPERSCRIPT TWO}": Trouble.NOT_OURS,
+        "w007": Trouble.NOT_OURS,
         "lost+found": Trouble.NOT_OURS,
         "w7": Trouble.NOT_OURS,
         "w8": Trouble.DAMAGED,
@@ -580,3 +586,39 @@ def test_unreadable_for_this_user_is_a_clear_line(filled: Path, monkeypatch: pyt
     monkeypatch.setattr("storage_backends.local.survey.os.listdir", refuse)
     with pytest.raises(NotATier, match=r"Permission denied.*Fix"):
         survey(filled)
+
+
+def test_the_tier_itself_works_beside_garbage(
+    filled: Path, dispatcher: Dispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What inspect only names must not keep the tier from reading and writing, nor fill its log."""
+    for kind in _garble(filled):
+        if kind == "w9":  # of another version: that is refused, by design
+            shutil.rmtree(filled / "w9")
+    for name in ("e0000000050.ext", "e0000000057.ext", "e00000000056.ext"):
+        path = filled / "w0" / name
+        path.rmdir() if path.is_dir() else path.unlink()
+    tier = open_tier(filled, dispatcher)
+    try:
+        store(tier, SPACE, chain("new", 3))
+        time.sleep(1)
+        pool = HostPool(SPACE, 20)
+        assert set(tier.read(pool.batch(chain("a", 20))).result(30)) == {Outcome.HIT}
+    finally:
+        tier.close()
+    assert sum("not a residency log" in record.message for record in caplog.records) == 1
+
+
+def test_a_log_without_records_is_news(filled: Path) -> None:
+    """A reader forgets what an emptied folder had."""
+    from storage_backends.local.files import probe_direct
+    from storage_backends.local.folder import Folder
+    from storage_backends.local.index import Index
+
+    folder, index = Folder(filled / "w0", probe_direct(filled)), Index()
+    folder.poll(index)
+    assert len(index) == 29
+    LogWriter.rewrite(filled / "w0" / "residency.log", iter([])).close()
+    folder.poll(index)
+    assert len(index) == 0
+    folder.close()
