@@ -8,8 +8,11 @@ Nothing is imported until `register` runs; after it SGLang applies the hooks.
 
 from __future__ import annotations
 
+import functools
 import logging
+import multiprocessing
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +27,7 @@ MODULE, CLASS = "hicache_ext.sglang.backend", "HiCacheExtStorage"
 _CONTROLLER = "sglang.srt.managers.cache_controller.HiCacheController"
 _HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_ENGINE = "sglang.srt.entrypoints.engine.Engine"
 _ALLOCATE = "sglang.srt.mem_cache.pool_host.common.HostTensorAllocator.allocate"
 _DECODE_OFFLOAD = "sglang.srt.disaggregation.decode_kvcache_offload_manager.DecodeKVCacheOffloadManager"
 
@@ -49,15 +53,12 @@ def register() -> None:
     """Place the hooks. Called by SGLang, once per process; what it raises SGLang would only log."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from hicache_ext.sglang import weights
-
     try:
         versions.check(versions.installed())
     except versions.UnsupportedVersion as error:
         # One line, no hooks: the server runs as if we were not installed, and an attach refuses with the same line.
         logger.error("%s", error)
         return
-    weights.mark_run()
     _state.registered = True
     _state.hooks = _wanted()
     for hook in _state.hooks:
@@ -101,6 +102,9 @@ def _wanted() -> list[_Hook]:
         _Hook(_ALLOCATE, host_memory.around_allocate, "AROUND", "huge pages for the host pool"),
         _Hook(f"{_MANAGER}.release_memory_occupation", _memory_released, "BEFORE", "weights that are given away"),
     ]
+    if multiprocessing.parent_process() is None or _ENGINE.rsplit(".", 1)[0] in sys.modules:
+        # A launcher. Its children are spared the import.
+        hooks.append(_Hook(f"{_ENGINE}._launch_subprocesses", weights.new_run, "BEFORE", "the name of this run"))
     if _exists(f"{_HYBRID}.should_backup"):
         hooks.append(_Hook(f"{_HYBRID}.should_backup", _should_backup, "AFTER", "pools that are split over tp"))
     if _exists(f"{_MANAGER}.end_weight_update"):
@@ -151,6 +155,21 @@ def _in_place(hook: _Hook) -> bool:
 # --- the hooks
 
 
+def _harmless(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """For hooks that only add something: what they raise is logged, and SGLang goes on as without them."""
+
+    @functools.wraps(hook)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return hook(*args, **kwargs)
+        except Exception:
+            logger.warning("hicache_ext: the hook %s failed", hook.__name__, exc_info=True)
+            return None
+
+    return guarded
+
+
+@_harmless
 def _widen_choices(_result: Any, parser: Any) -> None:
     for action in parser._actions:
         if action.dest == "hicache_storage_backend" and action.choices is not None and NAME not in action.choices:
@@ -185,6 +204,7 @@ def _adapter_of(controller: Any) -> Any:
     return backend if type(backend).__name__ == CLASS else None
 
 
+@_harmless
 def _note_tokens(
     controller: Any, host_indices: Any, token_ids: Any, hash_value: Any = None, *_: Any, **__: Any
 ) -> None:
@@ -200,6 +220,7 @@ def _flushed(_result: Any, *_: Any, **__: Any) -> None:
     weights.STATE.flushed()
 
 
+@_harmless
 def _pass_prefix_keys(result: Any, *_: Any, **__: Any) -> Any:
     """The last of the parsed values says whether a call gets its pages' ancestors. Only for our own backend."""
     extra = result[0] if isinstance(result, tuple) and result else None
@@ -222,6 +243,7 @@ def _fill_hashes(tree: Any, *_: Any, **__: Any) -> None:
         waiting.extend(node.children.values())
 
 
+@_harmless
 def _should_backup(result: Any, controller: Any, transfer: Any) -> Any:
     """Pools that are split over tp must be written by every rank, not by rank 0 alone as the model's KV is."""
     adapter = _adapter_of(controller)

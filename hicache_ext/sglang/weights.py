@@ -30,8 +30,9 @@ from hicache_ext.sglang import fingerprint
 
 logger = logging.getLogger(__name__)
 
-#: The same in every process of one server: the launcher sets it, its children inherit it. Ranks must agree on a name
-#: for weights that came over the wire, or ranks that share pages (MLA) would never find each other's.
+#: The same in every process of one server, and of no other: the launcher sets it at each launch, its children inherit
+#: it. Ranks must agree on a name for weights that came over the wire, or ranks that share pages (MLA) would never find
+#: each other's. Where nobody set it a process has a name of its own, which costs only that.
 RUN_VARIABLE = "HICACHE_EXT_RUN"
 
 UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
@@ -48,9 +49,12 @@ UPDATES = (
 SESSION_BEGIN, SESSION_END = "begin_weight_update", "end_weight_update"
 
 
-def mark_run() -> str:
-    """The name of this run, made by the first process that asks and inherited by its children."""
-    return os.environ.setdefault(RUN_VARIABLE, uuid.uuid4().hex)
+_own_run = uuid.uuid4().hex
+
+
+def new_run(*_: Any, **__: Any) -> None:
+    """BEFORE hook of a server's launch: its processes share a name that no earlier launch of this process had."""
+    os.environ[RUN_VARIABLE] = uuid.uuid4().hex
 
 
 class WeightState:
@@ -134,7 +138,7 @@ class WeightState:
         logger.info("weight update: the cache was flushed, the storage tiers serve the new weights' pages")
 
     def _unique(self) -> str:
-        run = os.environ.get(RUN_VARIABLE) or mark_run()
+        run = os.environ.get(RUN_VARIABLE) or _own_run
         return "update:" + hashlib.sha256(f"{run}:{self._updates}".encode()).hexdigest()
 
 
@@ -165,7 +169,10 @@ _started_from: dict[int, Path | None] = {}
 def around_update(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND hook of each method in UPDATES."""
     kind = getattr(original, "__name__", "update")
-    before = _started_from.setdefault(id(updater.model_config), _current_folder(updater))
+    model = id(getattr(updater, "model_config", None))
+    if model not in _started_from:
+        _started_from[model] = _current_folder(updater)
+    before = _started_from[model]
     STATE.begin(kind)
     weights = None
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import rig
 from support import ROOT, TOKENS, attached, logged, refused, version
 
-from hicache_ext.sglang import identity
+from hicache_ext.sglang import identity, weights
 
 
 def _space(extra: dict[str, Any] | None = None, args: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -184,3 +184,32 @@ def plain_says_once_what_it_cannot_do() -> None:
         pass
     assert lines.count("runs without its plugin") == 1
     assert lines.count("CACHE SALTS ARE NOT ISOLATED") == (1 if version() == (0, 5, 17) else 0)
+
+
+def plugin_split_pools_are_backed_up_by_every_rank() -> None:
+    """MLA: rank 0 writes for all, but an MHA draft on it is split over tp, and rank 1's part is nobody else's."""
+    from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+    from sglang.srt.runtime_context import get_parallel
+
+    sizes = dict.fromkeys(("tp_size", "attn_tp_size", "moe_tp_size"), 2)
+    with get_parallel().override(tp_rank=1, attn_tp_rank=1, **sizes), attached(mla=True, hybrid=True) as found:
+        if not hasattr(found.controller, "should_backup"):
+            return
+        assert found.controller.backup_skip
+        found.adapter.register_mem_host_pool_v2(rig._host_pool(rig._device_pool(False), "page_first", False), "draft")
+        found.adapter.register_mem_host_pool_v2(found.host_pool, "indexer")
+        assert found.controller.should_backup(PoolTransfer(name=PoolName.DRAFT))
+        assert not found.controller.should_backup(PoolTransfer(name=PoolName.INDEXER))
+
+
+def plugin_every_launch_has_its_own_name() -> None:
+    import os
+
+    from sglang.srt.entrypoints.engine import Engine
+
+    names = set()
+    for _ in range(2):
+        with contextlib.suppress(Exception):  # no arguments: nothing is launched
+            Engine._launch_subprocesses(None)
+        names.add(os.environ.pop(weights.RUN_VARIABLE))
+    assert len(names) == 2

@@ -166,10 +166,15 @@ def test_every_update_has_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert state.override == rank.override, "ranks of one server must agree"
         names.add(state.override)
     assert len(names) == 3
-    monkeypatch.setenv(weights.RUN_VARIABLE, "another run")
+    # Another server, launched by the same process.
+    weights.new_run()
     other = weights.WeightState()
     other.begin("tensor")
     assert other.override not in names
+    monkeypatch.delenv(weights.RUN_VARIABLE)
+    alone = weights.WeightState()
+    alone.begin("tensor")
+    assert alone.override not in {*names, other.override}
 
 
 def test_a_session_outlasts_flushes() -> None:
