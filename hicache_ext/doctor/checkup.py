@@ -91,15 +91,15 @@ def _place(chosen: TierConfig) -> tier.Place | None:
     return tier.Place(chosen.label, options.path, int(options.capacity), options.engine)
 
 
-def _try_engine(name: str) -> tuple[str, str]:
-    return engines.explain(*engines.attempt(name))
+def _try_engine(name: str) -> engines.Trial:
+    return engines.explain(engines.attempt(name))
 
 
-def _engine_answer(answer: Answer) -> tuple[str, str]:
+def _engine_answer(answer: Answer) -> engines.Trial:
     if not answer.problem:
-        reason, fix = answer.value
-        return reason, fix
+        assert isinstance(answer.value, engines.Trial)
+        return answer.value
     if answer.problem == "ended by SIGSYS":
         fix = engines.io_uring_fix("", "", "2")
-        return "io_uring is forbidden here, on pain of death (seccomp profile with SCMP_ACT_KILL)", fix
-    return answer.problem, "report this"
+        return engines.Trial("io_uring is forbidden here, on pain of death (seccomp profile with SCMP_ACT_KILL)", fix)
+    return engines.Trial(answer.problem, "report this")

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,15 +22,24 @@ _BYTES = 64 << 10
 _SECONDS = 5.0
 
 
-def attempt(name: str) -> tuple[str, str]:
-    """Open the engine, write with it and read back: ("", "") where that works, else why not and the fix."""
+class Trial(NamedTuple):
+    """What came of trying an engine. reason: why it does not work, "" where it does. detail: how it does."""
+
+    reason: str = ""
+    fix: str = ""
+    detail: str = ""
+
+
+def attempt(name: str) -> Trial:
+    """Open the engine, write with it and read back."""
     os.environ.pop(FAULTS_VARIABLE, None)  # the engine itself is asked for, not the faults that a test wants
     try:
         engine = open_engine(name)
     except OptionError as problem:
-        return problem.problem, problem.fix.removesuffix("; or use engine: auto")
+        return Trial(problem.problem, problem.fix.removesuffix("; or use engine: auto"))
     try:
-        return _round_trip(engine), "report this: the engine opened"
+        reason = _round_trip(engine)
+        return Trial(reason, "report this: the engine opened" if reason else "", _detail(engine))
     finally:
         engine.close(_SECONDS)
 
@@ -38,6 +48,8 @@ def _round_trip(engine: IoEngine) -> str:
     """What went wrong, "" for nothing. On memory that looks like a file: no disk has a part in it."""
     out, back = OwnedMemory(_BYTES), OwnedMemory(_BYTES)
     out.view[:] = os.urandom(_BYTES)
+    for memory in (out, back):
+        engine.register_memory(memory.address, _BYTES)
     fd = os.memfd_create("hicache-ext-doctor")
     try:
         for memory, write in ((out, True), (back, False)):
@@ -59,20 +71,28 @@ def _round_trip(engine: IoEngine) -> str:
         os.close(fd)
 
 
-def judge(tried: Mapping[str, tuple[str, str]], wanted: Iterable[str]) -> list[Finding]:
-    """One finding per engine. tried: name -> (why not, fix). wanted: engines that a configuration asks for by name.
+def _detail(engine: IoEngine) -> str:
+    """How the engine works here, as far as it says."""
+    unregistered = getattr(engine, "unregistered", "")
+    parts = [getattr(engine, "description", ""), f"memory cannot be registered: {unregistered}" if unregistered else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def judge(tried: Mapping[str, Trial], wanted: Iterable[str]) -> list[Finding]:
+    """One finding per engine. wanted: engines that a configuration asks for by name.
 
     An engine that does not work is a warning when a slower one takes its place, an error when it is asked for by name
     or nothing is left, and no matter when a faster one works.
     """
-    working = [name for name in PREFERENCE if not tried[name][0]]
+    working = [name for name in PREFERENCE if not tried[name].reason]
     first = working[0] if working else ""
     demanded = set(wanted) - {"auto"}
     findings = []
     for name in PREFERENCE:
-        title, (reason, fix) = f"I/O engine {name}", tried[name]
+        title, (reason, fix, detail) = f"I/O engine {name}", tried[name]
         if not reason:
-            findings.append(ok(title, "works" + (", and is what `engine: auto` takes" if name == first else "")))
+            text = f"works ({detail})" if detail else "works"
+            findings.append(ok(title, text + (", and is what `engine: auto` takes" if name == first else "")))
         elif name in demanded:
             findings.append(error(title, f"{reason}, and the configuration asks for it", fix + "; or engine: auto"))
         elif not working:
@@ -101,11 +121,12 @@ def io_uring_fix(fix: str, disabled: str, seccomp: str) -> str:
     return fix
 
 
-def explain(reason: str, fix: str) -> tuple[str, str]:
-    """`attempt`'s answer with a fix for this machine."""
-    if "forbidden" in reason:
-        return reason, io_uring_fix(fix, _read("/proc/sys/kernel/io_uring_disabled"), seccomp_mode())
-    return reason, fix
+def explain(trial: Trial) -> Trial:
+    """With the fix for this machine."""
+    if "forbidden" in trial.reason:
+        fix = io_uring_fix(trial.fix, _read("/proc/sys/kernel/io_uring_disabled"), seccomp_mode())
+        return trial._replace(fix=fix)
+    return trial
 
 
 def seccomp_mode() -> str:
