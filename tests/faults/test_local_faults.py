@@ -29,13 +29,16 @@ SHAPE = SlotShape.of_namespace(SPACE)
 Open = Callable[..., LocalBackend]
 
 
-@pytest.fixture
-def tier(tmp_path: Path) -> Iterator[Open]:
+@pytest.fixture(params=["threads", "native"])
+def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+    """Without injected faults the native engine seals and judges slots itself; with them Python does, over it."""
+    if request.param == "native":
+        pytest.importorskip("hicache_ext._io", reason="not built")
     dispatcher = Dispatcher()
     opened: list[LocalBackend] = []
 
     def open_one(path: Path = tmp_path / "tier", capacity: int = 64 * MIB, **options: Any) -> LocalBackend:
-        values = {"path": path, "capacity": capacity, "engine": "threads", **options}
+        values = {"path": path, "capacity": capacity, "engine": request.param, **options}
         opened.append(LocalBackend(LocalBackend.Options.model_validate(values), dispatcher))
         return opened[-1]
 

@@ -56,12 +56,18 @@ class Results:
 
 def make(name: str) -> IoEngine:
     try:
+        if name == "native":
+            from storage_backends.local.engine_native import NativeEngine
+
+            return NativeEngine()
         return {"threads": ThreadsEngine, "liburing": LiburingEngine}[name]()
+    except ModuleNotFoundError:
+        pytest.skip(f"{name}: not built")
     except EngineUnavailable as error:
         pytest.skip(f"{name}: {error}")
 
 
-@pytest.fixture(scope="module", params=["threads", "liburing"])
+@pytest.fixture(scope="module", params=["threads", "liburing", "native"])
 def engine(request: pytest.FixtureRequest) -> Iterator[IoEngine]:
     opened = make(request.param)
     yield opened
@@ -221,7 +227,7 @@ def test_batches_from_many_threads(engine: IoEngine, memory: OwnedMemory, file: 
     assert not results.threads & {thread.ident for thread in [*callers, threading.current_thread()]}
 
 
-@pytest.mark.parametrize("name", ["threads", "liburing"])
+@pytest.mark.parametrize("name", ["threads", "liburing", "native"])
 def test_close_under_load(name: str, memory: OwnedMemory, file: int) -> None:
     engine, results = make(name), Results()
     count = 2000
@@ -271,8 +277,9 @@ def test_forked_child_is_refused_and_parent_goes_on(engine: IoEngine, memory: Ow
     assert run(engine, file, 0, one, False) == BLOCK
 
 
-def test_waiting_leaves_the_interpreter_to_others(memory: OwnedMemory) -> None:
-    engine = make("liburing")
+@pytest.mark.parametrize("name", ["liburing", "native"])
+def test_waiting_leaves_the_interpreter_to_others(name: str, memory: OwnedMemory) -> None:
+    engine = make(name)
     ticks, stop = [0], threading.Event()
 
     def tick() -> None:
@@ -306,7 +313,7 @@ def test_transfers_leave_the_interpreter_to_others(engine: IoEngine, memory: Own
     assert results.wait(60) == [ROOM] * 60
 
 
-@pytest.mark.parametrize("name", ["threads", "liburing"])
+@pytest.mark.parametrize("name", ["threads", "liburing", "native"])
 def test_nothing_is_kept_after_transfers(name: str, memory: OwnedMemory, file: int) -> None:
     engine = make(name)
 
