@@ -40,6 +40,7 @@ from storage_backends.local.survey import ExtentFile, FolderSurvey, LogView, Pro
 #: Slots larger than any extent that this version makes are not read.
 _LARGEST_SLOT = 1 << 30
 _PAUSE_SECONDS = 1.0
+_MADE_UP_SECONDS = 0.1
 #: How long a page that the log does not name yet may be on its way to the disk.
 _IN_FLIGHT_SECONDS = 30.0
 
@@ -151,7 +152,8 @@ class Pace:
 
     def spend(self, size: int) -> None:
         if self._rate:
-            self._next = max(self._next, time.monotonic()) + size / self._rate
+            # The read itself took its time; only a stop that was longer than a read is not made up for.
+            self._next = max(self._next, time.monotonic() - _MADE_UP_SECONDS) + size / self._rate
             time.sleep(max(0.0, self._next - time.monotonic()))
 
 

@@ -301,14 +301,14 @@ def test_the_limit_is_kept(filled: Path) -> None:
     assert 1.2 < time.monotonic() - start < 6
 
 
-def test_pace_makes_up_for_no_lost_time() -> None:
+def test_pace_does_not_make_up_for_a_long_stop() -> None:
     pace = Pace(1e6)
     pace.spend(50_000)
-    time.sleep(0.3)
+    time.sleep(1.0)
     start = time.monotonic()
-    for _ in range(4):
+    for _ in range(10):
         pace.spend(50_000)
-    assert time.monotonic() - start > 0.15
+    assert time.monotonic() - start > 0.35
 
 
 @pytest.mark.parametrize("limit", ["fast", "-5", "200MX/s", ""])
