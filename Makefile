@@ -24,12 +24,12 @@ SGLANG_WHEELS := $(SGLANG_VERSIONS:%=build/sglang/%/.unpacked)
 # SGLang compiles its page hash with the ninja of this environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: venv demo test test-fast lint bench fuzz sglang-wheels clean
+.PHONY: venv demo test test-fast lint bench fuzz sanitize sglang-wheels clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: venv test-fast lint bench fuzz sglang-wheels clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: venv test-fast lint bench fuzz sanitize sglang-wheels clean"
 
 # ---- environment: three steps, each redone only when what it installs has changed
 
@@ -90,6 +90,20 @@ bench: venv
 fuzz: venv
 	$(PIP) install -q atheris || echo "atheris does not install here: inputs are mutated blindly"
 	$(BIN)/python -m tests.fuzz.run $(ARGS)
+
+# The native engine and the checksums under ASan with UBSan, then under TSan (which wants the old address layout).
+SANITIZED := csrc/io/test_engine.cpp csrc/io/engine.cpp csrc/io/ring.cpp csrc/io/slot.cpp csrc/checksum/crc32c.cpp
+CXX ?= g++
+
+sanitize:
+	@if ! echo '#include <liburing.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1; then \
+	  echo "sanitize: left out, as the native engine is: no liburing headers (apt install liburing-dev)"; exit 0; fi; \
+	mkdir -p build/sanitize; cd build/sanitize; \
+	fixed=""; ! setarch -R true 2>/dev/null || fixed="setarch -R"; \
+	for kind in address,undefined thread; do \
+	  $(CXX) -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=$$kind -fno-sanitize-recover=all \
+	    -I../../csrc $(SANITIZED:%=../../%) -o test_engine-$${kind%%,*} -luring -pthread; \
+	  echo "sanitize: $$kind"; $$fixed ./test_engine-$${kind%%,*}; done
 
 clean:
 	rm -rf $(V) build dist
