@@ -230,8 +230,7 @@ class LocalBackend(Backend):
                 Outcome.HIT if whole else self._read_outcome(flight, place, result, verdict)
                 for place, result, verdict in zip(places, moved, verdicts, strict=True)
             ]
-            for place in places:
-                self._unpin(flight.entries[place], flight.extents[place])
+            self._unpin(flight, places)
         flight.completion.settle_many([flight.pages[place] for place in places], outcomes)
 
     def _read_outcome(self, flight: _Flight, place: int, moved: int, verdict: int) -> Outcome:
@@ -273,14 +272,15 @@ class LocalBackend(Backend):
         except OSError as error:
             self._say("erase", "a quarantined slot could not be erased: %s", error)
 
-    def _unpin(self, entry: Entry, extent: Extent) -> None:
-        entry.pins -= 1
-        extent.unpin()
-        writer = self._directory.writer
-        gone = self._index.at(entry.folder, entry.extent, entry.slot) is not entry
-        if gone and entry.own and not entry.pins and writer is not None:
-            # Removed while it was being read: its slot could not be freed then.
-            writer.give_back(extent, entry.slot)
+    def _unpin(self, flight: _Flight, places: Sequence[int]) -> None:
+        at = self._index.at
+        for place in places:
+            entry, extent = flight.entries[place], flight.extents[place]
+            entry.pins -= 1
+            extent.unpin()
+            if not entry.pins and entry.own and at(entry.folder, entry.extent, entry.slot) is not entry:
+                # Removed while it was being read: its slot could not be freed then.
+                self._writer.give_back(extent, entry.slot)
 
     # -- write ---------------------------------------------------------------------------------------------------
 
