@@ -40,13 +40,18 @@ class NativeEngine(IoEngine, SlotEngine):
     """rings: rings, and threads for them. depth: pages in flight at a time in each of them.
 
     sqpoll: a kernel thread takes the requests (it spins: CPU for latency). iopoll: completions are polled (only for
-    devices with polled queues, and direct I/O).
+    devices with polled queues, and direct I/O). direct: whether the files will do O_DIRECT; without it reads and writes
+    copy to and from the page cache, which more threads than these do better.
     """
 
     name = "native"
-    option_names = frozenset({"rings", "depth", "sqpoll", "iopoll"})
+    option_names = frozenset({"rings", "depth", "sqpoll", "iopoll", "direct"})
 
-    def __init__(self, rings: int = 2, depth: int = 32, sqpoll: bool = False, iopoll: bool = False) -> None:
+    def __init__(
+        self, rings: int = 2, depth: int = 32, sqpoll: bool = False, iopoll: bool = False, direct: bool = True
+    ) -> None:
+        if not direct:
+            raise EngineUnavailable("the file system does no direct I/O")
         try:
             self._io = _io.Engine(rings, depth, sqpoll, iopoll)
         except _io.Unavailable as error:
