@@ -477,8 +477,7 @@ def test_the_interpreter_ends_with_an_engine_open_and_busy(tmp_path: Path) -> No
     program = """
         import os, sys, numpy as np
         from storage_backends.buffers import OwnedMemory
-        from storage_backends.local.files import DirectIo
-from storage_backends.local.engine import Transfer
+        from storage_backends.local.engine import Transfer
         from storage_backends.local.engine_native import NativeEngine
         memory = OwnedMemory(4 << 20)
         fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
