@@ -17,10 +17,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-import hicache_ext._io as _io
 from storage_backends.local.engine import EngineUnavailable, IoEngine, Transfer
 from storage_backends.local.engine_common import check_iov, end, on_a_thread_of_its_own
 from storage_backends.local.slots import CancelFlag, Ended, SlotEngine, SlotGroup
+
+try:
+    import hicache_ext._io as _io
+except ModuleNotFoundError:
+    raise  # not built
+except ImportError as error:  # built for another machine than this one
+    raise EngineUnavailable(f"cannot be loaded: {error}") from error
 
 logger = logging.getLogger(__name__)
 
