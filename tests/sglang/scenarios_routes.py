@@ -232,7 +232,7 @@ def plugin_lookups_name_the_chain() -> None:
         key = found.key(TOKENS)
         hashes = found.hashes(key)
         head, tail = hashes[:12], hashes[12:]
-        found.prefetch(found.key(TOKENS[12 * rig.PAGE :]), head[-1], head)
+        found.prefetch(found.key(TOKENS[12 * rig.PAGE :]), head[-1], list(head))  # 0.5.17 appends to the list
         batch = seen[0]
         assert batch.keys == bytes.fromhex("".join(tail))
         assert batch.parent(0) == bytes.fromhex(head[-1])
