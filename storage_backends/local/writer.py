@@ -79,6 +79,10 @@ class Writer:
                 logger.warning("%s: %s; deleted, its pages are lost", path, error)
                 path.unlink(missing_ok=True)
                 continue
+            except OSError as error:
+                # One bad sector or permission must not cost the folder. The number stays taken, the file is left alone.
+                logger.warning("%s: %s; its pages count as misses", path, error)
+                continue
             self.extents[number] = extent
         for entry in self._index.in_folder(self.number):
             known = self.extents.get(entry.extent)
