@@ -5,7 +5,7 @@ rounds (io_rounds), presentation (hicache_ext.cli.bench_io).
 
 What is timed is what SGLang's cache controller calls for one batch of 128 pages: `batch_set_v1` and `batch_get_v1`
 (ours: checksums included), for the file backend `get_data_page` + `batch_set` and `batch_get` +
-`set_from_flat_data_page`. fio moves as many bytes at the depth of our engine.
+`set_from_flat_data_page`. fio moves at least 256 MiB a round, at the depth of our engine.
 
 Stock's write ends in the page cache: what the disk still has to do is not in its time, nor in its CPU seconds. Ours,
 NIXL and fio bypass the page cache.
@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hicache_ext.bench import io_fio, io_nixl, io_stock
 from hicache_ext.bench.io_memory import VerifiedPass, pages_name
 from hicache_ext.bench.io_rounds import Setup, Subject, measure
@@ -29,6 +31,7 @@ PAGES = 128  # what the controller hands over at a time
 BLOCKS = (256 << 10, 1 << 20, 2 << 20)
 PAGE_TOKENS = 16
 HEADS, HEAD_DIM = 8, 128
+_FIO_BYTES = 256 << 20  # at least: fio counts time and CPU in milliseconds
 _LAYER_BYTES = 2 * PAGE_TOKENS * HEADS * HEAD_DIM * 2  # K and V of one layer, bfloat16
 
 
@@ -63,16 +66,19 @@ class Pool:
         self.target = self.source + PAGES * PAGE_TOKENS
         data = self.host.kv_buffer.view(torch.int16)
         data.copy_(torch.randint(-(1 << 15), 1 << 15, data.shape, dtype=torch.int16))
+        self._bytes = data.numpy()
         self.pages = pages_name(self.host.kv_buffer.data_ptr())
 
+    # By numpy: torch's threads go on spinning for a while after their work, in the time of what comes next.
+
     def forget_target(self) -> None:
-        self.host.kv_buffer[:, self.target[0] : self.target[-1] + 1] = 0
+        self._half(self.target)[:] = 0
 
     def target_is_source(self) -> bool:
-        import torch
+        return bool(np.array_equal(self._half(self.source), self._half(self.target)))
 
-        halves = [self.host.kv_buffer[:, part[0] : part[-1] + 1] for part in (self.source, self.target)]
-        return torch.equal(*(half.view(torch.int16) for half in halves))
+    def _half(self, tokens: Any) -> Any:
+        return self._bytes[:, int(tokens[0]) : int(tokens[-1]) + 1]
 
 
 @contextmanager
@@ -267,7 +273,8 @@ def run(
                 subjects += [Adapter(place / engine, capacity, pool, block, engine) for engine in engines]
                 if with_fio:
                     depth = min(PAGES, subjects[0].depth)
-                    subjects.append(io_fio.Fio(place / "fio", block, depth, PAGES * block, huge, fio_pages[huge]))
+                    size = max(PAGES * block, _FIO_BYTES)
+                    subjects.append(io_fio.Fio(place / "fio", block, depth, size, huge, fio_pages[huge]))
                 if not without_nixl:
                     subjects.append(NixlBackend(place / "nixl", pool, block, setup.rounds))
                 subjects.append(StockFile(place / "stock", capacity, pool, block))

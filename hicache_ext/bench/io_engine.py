@@ -47,7 +47,7 @@ class Plan:
 
 
 FULL = Plan((64 << 10, 256 << 10, 1 << 20, 2 << 20, 8 << 20), (1, 8, 32), 256 << 20)
-QUICK = Plan((256 << 10, 2 << 20), (32,), 128 << 20, fourk=False)
+QUICK = Plan((256 << 10, 2 << 20), (32,), 64 << 20, fourk=False)
 
 
 class OurEngine(Subject):

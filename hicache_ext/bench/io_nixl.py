@@ -29,6 +29,8 @@ def unavailable() -> str:
         return f"NIXL is not installed, its rows are left out. Fix: {INSTALL}"
     if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < _OLDEST:
         return f"NIXL {found} reports success on short reads, its rows are left out. Fix: {INSTALL}"
+    # It speaks on stdout, and of errors where SGLang only tries what NIXL can do. Real failures raise all the same.
+    os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
     try:
         import nixl._api  # noqa: F401
     except Exception as error:  # its libraries are picky about their surroundings

@@ -12,11 +12,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -62,6 +64,12 @@ def io_command(
     pages: Annotated[
         Pages | None, typer.Option(help="Memory in huge pages, in 4 KiB pages, or both (with --quick: huge).")
     ] = None,
+    block: Annotated[
+        list[str] | None, typer.Option(help="Suite engine: block size, such as 256KiB (repeatable).")
+    ] = None,
+    depth: Annotated[
+        list[int] | None, typer.Option(min=1, help="Suite engine: blocks under way at a time (repeatable).")
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help=f"Rounds of each case: {ROUNDS}, with --quick {QUICK_ROUNDS}.")
     ] = None,
@@ -85,6 +93,7 @@ def io_command(
     # Tiers open once per page size, each time without the plugin, which a benchmark does not need.
     logging.getLogger("hicache_ext").setLevel(logging.ERROR)
     pages = pages or (Pages.huge if quick else Pages.both)
+    blocks = tuple(_size(text) for text in block or ())
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     rows: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
@@ -102,7 +111,10 @@ def io_command(
         try:
             with console.status("starting") as status:
                 setup = Setup(rounds, _QUICK_TICKER_SECONDS if quick else _TICKER_SECONDS, status.update)
-                found = _run(suite, work, engine or [], quick, pages, setup, say)
+                if suite is Suite.adapter:
+                    found = _adapter(work, engine or ["auto"], pages, setup, say)
+                else:
+                    found = _engine(work, engine or [], quick, pages, blocks, tuple(depth or ()), setup, say)
         except (OptionError, RuntimeError, ValueError) as error:
             console.print(f"bench io failed: {error}", markup=False)
             raise typer.Exit(1) from error
@@ -133,22 +145,40 @@ def io_command(
         json_file.write_text(json.dumps(written, indent=1) + "\n")
 
 
-def _run(
-    suite: Suite, work: Path, engines: list[str], quick: bool, pages: Pages, setup: Setup, say: Callable[[str], None]
+def _adapter(
+    work: Path, engines: list[str], pages: Pages, setup: Setup, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    if suite is Suite.adapter:
-        from hicache_ext.bench import io
+    from hicache_ext.bench import io
 
-        memory = {Pages.huge: (True,), Pages.fourk: (False,), Pages.both: (True, False)}[pages]
-        return io.run(work, engines or ["auto"], io.BLOCKS, memory, setup, say)
-    from dataclasses import replace
+    memory = {Pages.huge: (True,), Pages.fourk: (False,), Pages.both: (True, False)}[pages]
+    return io.run(work, engines, io.BLOCKS, memory, setup, say)
 
+
+def _engine(
+    work: Path, engines: list[str], quick: bool, pages: Pages, blocks: tuple[int, ...], depths: tuple[int, ...],
+    setup: Setup, say: Callable[[str], None],
+) -> list[dict[str, Any]]:  # fmt: skip
     from hicache_ext.bench import io_engine
 
+    plan = io_engine.QUICK if quick else io_engine.FULL
     plan = replace(
-        io_engine.QUICK if quick else io_engine.FULL, huge=pages is not Pages.fourk, fourk=pages is not Pages.huge
+        plan,
+        blocks=blocks or plan.blocks,
+        depths=depths or plan.depths,
+        huge=pages is not Pages.fourk,
+        fourk=pages is not Pages.huge,
     )
     return io_engine.run(work, engines, plan, setup, say)
+
+
+def _size(text: str) -> int:
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r} is no size such as 256KiB", param_hint="--block") from error
+    if size < 4096 or size % 4096:
+        raise typer.BadParameter(f"{text!r} is not a multiple of 4 KiB", param_hint="--block")
+    return size
 
 
 def _yardsticks() -> dict[str, str]:

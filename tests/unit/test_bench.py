@@ -197,6 +197,13 @@ def test_without_sglang_the_command_names_the_fix(monkeypatch: pytest.MonkeyPatc
     assert "hicache-ext[sglang]" in done.output
 
 
+def test_a_block_size_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    for wrong in ("many", "100"):
+        done = CliRunner().invoke(bench.app, ["io", "--suite", "engine", "--block", wrong, "--dir", str(tmp_path)])
+        assert done.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_ours_and_fio_for_real(tmp_path: Path) -> None:
     if not probe_direct(tmp_path).works:
