@@ -18,10 +18,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hicache_ext.cli.bench_index import index_command
 from hicache_ext.cli.bench_policy import policy_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command("policy")(policy_command)
+app.command("index")(index_command)
 
 ROUNDS, QUICK_ROUNDS = 5, 2
 #: Columns of a log file or pipe, where rich would assume 80.

@@ -418,6 +418,7 @@ class LocalBackend(Backend):
                 else:
                     outcomes.append(self._refused(result))
                     writer.give_back(extent, flight.slots[place])
+            stored.sort()  # they end in any order, and the batch's keys are taken out in its own
             pages = [flight.pages[place] for place in stored]
             keys = rows(batch.keys, pages)
             if stored:

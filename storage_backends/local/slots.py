@@ -209,7 +209,7 @@ class SlotIo:
 
 
 def rows(packed: bytes, pages: list[int]) -> bytes:
-    """These pages' 32 bytes out of a batch's."""
+    """These pages' 32 bytes out of a batch's. pages: ascending, no page twice."""
     if len(pages) * KEY_BYTES == len(packed):
         return packed
     return b"".join(packed[page * KEY_BYTES : (page + 1) * KEY_BYTES] for page in pages)
