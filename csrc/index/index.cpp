@@ -15,18 +15,30 @@ std::size_t Index::bytes() const {
 
 // -- names -------------------------------------------------------------------------------------------------------
 
-const std::uint32_t* Index::known_space(const Digest& digest) const {
+std::uint32_t Index::known_space(const Digest& digest) const {
+    if (last_space_ != NONE && spaces_[last_space_]->digest == digest) return last_space_;
     const auto found = space_numbers_.find(digest);
-    return found == space_numbers_.end() ? nullptr : &found->second;
+    if (found == space_numbers_.end()) return NONE;
+    return last_space_ = found->second;
 }
 
 std::uint32_t Index::space_number(const Digest& digest) {
+    if (const std::uint32_t known = known_space(digest); known != NONE) return known;
     const auto [found, fresh] = space_numbers_.try_emplace(digest, static_cast<std::uint32_t>(spaces_.size()));
     if (fresh) spaces_.push_back(std::make_unique<Space>(digest, policy_, nodes_));
     return found->second;
 }
 
+std::uint32_t Index::known_place(std::uint32_t folder, std::uint32_t extent) const {
+    if (last_place_ != NONE && places_[last_place_].folder == folder && places_[last_place_].extent == extent)
+        return last_place_;
+    const auto found = place_numbers_.find({folder, extent});
+    if (found == place_numbers_.end()) return NONE;
+    return last_place_ = found->second;
+}
+
 std::uint32_t Index::place_number(std::uint32_t folder, std::uint32_t extent) {
+    if (const std::uint32_t known = known_place(folder, extent); known != NONE) return known;
     const auto [found, fresh] = place_numbers_.try_emplace({folder, extent}, NONE);
     if (fresh) {
         if (free_places_.empty()) {
@@ -42,9 +54,9 @@ std::uint32_t Index::place_number(std::uint32_t folder, std::uint32_t extent) {
 }
 
 std::uint32_t Index::find(const Digest& space, const Key& key) const {
-    const std::uint32_t* number = known_space(space);
-    if (number == nullptr) return NONE;
-    const std::uint32_t n = table_.find(Table::hash(*number, key), *number, key);
+    const std::uint32_t number = known_space(space);
+    if (number == NONE) return NONE;
+    const std::uint32_t n = table_.find(Table::hash(number, key), number, key);
     return n != NONE && nodes_[n].has(RESIDENT) ? n : NONE;
 }
 
@@ -62,9 +74,9 @@ std::uint32_t Index::find_or_make(std::uint32_t space, const Key& key) {
 }
 
 std::uint32_t Index::at(std::uint32_t folder, std::uint32_t extent, std::uint32_t slot) const {
-    const auto found = place_numbers_.find({folder, extent});
-    if (found == place_numbers_.end()) return NONE;
-    const Numbers& slots = places_[found->second].slots;
+    const std::uint32_t place = known_place(folder, extent);
+    if (place == NONE) return NONE;
+    const Numbers& slots = places_[place].slots;
     return slot < slots.size() ? slots[slot] : NONE;
 }
 
@@ -118,17 +130,17 @@ void Index::lookup(
     const Digest& space, std::span<const std::uint8_t> keys, const std::uint8_t* parents, Numbers& found) {
     const std::size_t count = keys.size() / KEY_BYTES;
     found.assign(count, NONE);
-    const std::uint32_t* number = known_space(space);
-    if (number == nullptr) return;
+    const std::uint32_t number = known_space(space);
+    if (number == NONE) return;
     // Three passes, so that the memory that one page needs is on its way while others are looked at.
     hashes_.resize(count);
     for (std::size_t i = 0; i < count; ++i) {
-        hashes_[i] = Table::hash(*number, Key::from(&keys[i * KEY_BYTES]));
+        hashes_[i] = Table::hash(number, Key::from(&keys[i * KEY_BYTES]));
         table_.prefetch(hashes_[i]);
     }
     for (std::size_t i = 0; i < count; ++i) table_.prefetch_node(hashes_[i]);
     for (std::size_t i = 0; i < count; ++i) {
-        const std::uint32_t n = table_.find(hashes_[i], *number, Key::from(&keys[i * KEY_BYTES]));
+        const std::uint32_t n = table_.find(hashes_[i], number, Key::from(&keys[i * KEY_BYTES]));
         if (n != NONE && nodes_[n].has(RESIDENT)) found[i] = n;
     }
     if (parents != nullptr)
@@ -137,9 +149,9 @@ void Index::lookup(
 }
 
 void Index::touch(const Digest& space, std::span<const std::uint32_t> nodes, bool used) {
-    const std::uint32_t* number = known_space(space);
-    if (number == nullptr || spaces_[*number]->pages == 0) return;
-    Space& there = *spaces_[*number];
+    const std::uint32_t number = known_space(space);
+    if (number == NONE || spaces_[number]->pages == 0) return;
+    Space& there = *spaces_[number];
     there.touched = ++clock_;
     // Walks from the last page on, up to what an earlier walk has seen. A later walk ends below an earlier one, so its
     // pages are descendants and come first: of pages touched together, ancestors are the most recent.
@@ -259,6 +271,7 @@ void Index::remove(std::uint32_t n, bool evicted) {
     if (--place.pages == 0) {
         place_numbers_.erase({place.folder, place.extent});
         free_places_.push_back(node.place);
+        last_place_ = NONE;
         place.slots = Numbers();
     }
     --resident_;
@@ -308,15 +321,15 @@ void Index::protect(const Digest& space, std::span<const std::uint8_t> keys) {
 }
 
 std::uint32_t Index::victim(const Digest& space) {
-    const std::uint32_t* number = known_space(space);
-    if (number == nullptr) return NONE;
-    const std::uint32_t n = spaces_[*number]->order.victim(false);
-    return n != NONE ? n : spaces_[*number]->order.victim(true);
+    const std::uint32_t number = known_space(space);
+    if (number == NONE) return NONE;
+    const std::uint32_t n = spaces_[number]->order.victim(false);
+    return n != NONE ? n : spaces_[number]->order.victim(true);
 }
 
 std::uint64_t Index::touched(const Digest& space) const {
-    const std::uint32_t* number = known_space(space);
-    return number == nullptr ? 0 : spaces_[*number]->touched;
+    const std::uint32_t number = known_space(space);
+    return number == NONE ? 0 : spaces_[number]->touched;
 }
 
 // -- many --------------------------------------------------------------------------------------------------------

@@ -66,6 +66,12 @@ public:
     void touch(const Digest& space, std::span<const std::uint32_t> nodes, bool used);
     void link(std::uint32_t n, const Key& parent);
 
+    /// A page of this key is about to be asked for.
+    void prefetch(const Digest& space, const Key& key) const {
+        const std::uint32_t number = known_space(space);
+        if (number != NONE) table_.prefetch(Table::hash(number, key));
+    }
+
     /// The node; `old`: the page that it took the place of, if it was resident.
     std::uint32_t insert(const Page& page, bool oldest, Page* old, bool* replaced);
     void remove(std::uint32_t n, bool evicted);
@@ -116,7 +122,8 @@ private:
     };
 
     std::uint32_t space_number(const Digest& digest);
-    const std::uint32_t* known_space(const Digest& digest) const;
+    std::uint32_t known_space(const Digest& digest) const;
+    std::uint32_t known_place(std::uint32_t folder, std::uint32_t extent) const;
     std::uint32_t place_number(std::uint32_t folder, std::uint32_t extent);
     std::uint32_t find_or_make(std::uint32_t space, const Key& key);
     void set_parent(std::uint32_t n, const Key& parent);
@@ -138,6 +145,9 @@ private:
     std::map<std::pair<std::uint32_t, std::uint32_t>, std::uint32_t> place_numbers_;
     std::unordered_map<std::uint32_t, Pin> pins_;
     std::uint32_t next_pin_ = 0;
+    // What was asked for last, which is what is asked for next: batches have one namespace, logs go extent by extent.
+    mutable std::uint32_t last_space_ = NONE;
+    mutable std::uint32_t last_place_ = NONE;
     Numbers protected_;
     Numbers walk_;
     std::vector<std::uint64_t> hashes_;

@@ -11,6 +11,7 @@ namespace hicache::index {
 namespace {
 
 constexpr std::size_t RECORD_BYTES = 128;
+constexpr std::size_t AHEAD = 8;  // records whose place in the table is on its way
 enum Kind : std::uint8_t { STORED = 1, REMOVED = 2, EXTENT_GONE = 3 };
 
 struct Record {
@@ -64,6 +65,10 @@ Applied apply_log(Index& index, std::uint32_t folder, std::span<const std::uint8
     Applied applied;
     for (; applied.bytes + RECORD_BYTES <= records.size(); applied.bytes += RECORD_BYTES) {
         Record record;
+        if (applied.bytes + (AHEAD + 1) * RECORD_BYTES <= records.size()) {
+            std::memcpy(&record, &records[applied.bytes + AHEAD * RECORD_BYTES], RECORD_BYTES);
+            index.prefetch(record.space, Key::from(record.key));
+        }
         std::memcpy(&record, &records[applied.bytes], RECORD_BYTES);
         if (record.crc == checksum(record) && record.kind >= STORED && record.kind <= EXTENT_GONE) {
             apply(index, folder, record, applied);

@@ -67,8 +67,7 @@ def run(work: Path, pages: int, scan_pages: int, say: Callable[[str], None]) -> 
     rows.append(_hex_keys(index, space.digest, batches[:500]))
 
     say(f"opening a directory whose log names {pages:,} pages")
-    for name in ("residency log", "residency log again"):
-        rows.append(_warm_open(work / name.replace(" ", "-"), records, pages))
+    rows += [_warm_open(work / name, records, pages) for name in ("once", "again", "and-again")]
     del records, index
     say(f"writing {scan_pages:,} small pages, to find them again without their log")
     rows.append(_scan(work / "scan", space, scan_pages))
