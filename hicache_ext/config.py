@@ -37,7 +37,7 @@ SGLANG_KEYS = frozenset(
 )
 
 
-_SHORT = 300
+_SHORT, _PROBLEMS = 300, 20
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
 
@@ -169,7 +169,8 @@ def _shown(value: Any) -> str:
 def _explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> str:
     """Each problem as `key = value: what is wrong. Fix: ...`."""
     lines = []
-    for problem in error.errors():
+    problems = error.errors()
+    for problem in problems[:_PROBLEMS]:
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
         known = ", ".join(sorted(model.model_fields)) if len(problem["loc"]) == 1 else ""
         match problem["type"]:
@@ -183,4 +184,6 @@ def _explain(error: ValidationError, model: type[BaseModel], values: Mapping[str
                 what, fix = problem["msg"], "correct the value"
         value = "" if problem["type"] == "missing" else f" = {_shown(problem['input'])}"
         lines.append(f"{prefix}{_short(key)}{value}: {_short(what)}. Fix: {_short(fix)}")
+    if len(problems) > _PROBLEMS:
+        lines.append(f"{prefix or 'the file'}: {len(problems) - _PROBLEMS} more problems. Fix: correct these first")
     return "\n".join(lines)

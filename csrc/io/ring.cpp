@@ -1,6 +1,7 @@
 #include "io/ring.hpp"
 
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -83,8 +84,9 @@ void Ring::setup() {
 }
 
 void Ring::run() {
-    // The ring belongs to the thread that enables it.
-    if (flags_ & IORING_SETUP_R_DISABLED) io_uring_enable_rings(&ring_);
+    // The ring belongs to the thread that enables it. By system call: liburing 2.3 does not export its function.
+    if (flags_ & IORING_SETUP_R_DISABLED)
+        syscall(__NR_io_uring_register, ring_.ring_fd, IORING_REGISTER_ENABLE_RINGS, nullptr, 0);
     bool idle = false;
     for (;;) {
         const std::size_t room = waiting_.empty() ? free_.size() : 0;

@@ -106,6 +106,10 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             writes.plot(x, [float("nan") if value is None else value for value in per_read], **style)
     hits.set(ylabel="token hit ratio", ylim=(0, None))
     writes.set(ylabel="bytes written per byte read back", yscale="log")
+    decades = (0.2, 0.5, 1, 2, 5, 10, 20, 50)
+    low, high = writes.get_ylim()
+    writes.set_yticks([tick for tick in decades if low <= tick <= high], minor=False)
+    writes.yaxis.set_major_formatter("{x:g}")
     ticks = sorted({100 * row["capacity_fraction"] for row in rows})
     for axes in (hits, writes):
         axes.set(xlabel="capacity, % of the footprint", xscale="log")

@@ -104,8 +104,9 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("capacity", justify="right", no_wrap=True)
     table.add_column("policy", no_wrap=True)
-    for column in ("token hit ratio", "of Belady", "of LRU", "written/read", "rejected"):
+    for column in ("token hit ratio", "of Belady", "of LRU", "written/read"):
         table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("rejected", justify="right")
     hits = {(row["capacity_fraction"], row["policy"]): row["token_hit_ratio"] for row in rows}
     last = rows[0]["capacity_fraction"]
     for row in rows:

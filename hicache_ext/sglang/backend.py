@@ -158,7 +158,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
 
     @answers(lambda *_, **__: 0)
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
-        return policies.prefix_length(self._present(self._pools[KV], keys))
+        return policies.prefix_length(self._present(self._pools[KV], keys, extra_info))
 
     @answers(none_of)
     def batch_get_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
@@ -179,7 +179,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             needed = any(_policy(transfer) != "block_groups" for transfer in transfers)
             kv = np.full(len(keys), needed)
         else:
-            kv = self._present(anchor, keys)
+            kv = self._present(anchor, keys, extra_info)
         kv_pages = policies.prefix_length(kv)
         hits: dict[str, int] = {KV: kv_pages} if kv_pages else {}
         usable = []
@@ -236,13 +236,17 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
 
     # --- the four operations on one pool
 
-    def _present(self, pool: HostPool, keys: Sequence[str]) -> policies.Flags:
+    def _present(self, pool: HostPool, keys: Sequence[str], extra_info: Any = None) -> policies.Flags:
         space = self._namespace(pool) if pool.access is not Access.NOTHING else None
         if space is None or not keys:
             self.counters.add("lookup_frozen", int(space is None and bool(keys)))
             return np.zeros(len(keys), bool)
         self.counters.add("lookups")
-        return self.store.lookup(KeyBatch(space, pack_keys(keys))) != NO_TIER
+        packed = pack_keys(keys)
+        # The keys of a KV lookup are one chain: with its parent the tier knows that the chain's head is in use as well,
+        # which SGLang has in memory and does not ask for.
+        parents = chain_parents(packed, _parent(extra_info)) if pool.name == KV else None
+        return self.store.lookup(KeyBatch(space, packed, parents)) != NO_TIER
 
     def _get(self, pool: HostPool, keys: Sequence[str], host_indices: Any) -> list[bool]:
         if pool.access is Access.NOTHING:

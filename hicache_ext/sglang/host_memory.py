@@ -47,11 +47,21 @@ def around_allocate(original: Callable[..., Any], allocator: Any, dims: Any, dty
     if device != "cpu" or size < HUGE_PAGE or not wanted():
         return original(allocator, dims, dtype, device)
     try:
-        memory = OwnedMemory(size, not_in_children=True)
+        placed, kind = tensor(dims, dtype)
     except (OSError, ValueError) as error:
         logger.warning("hicache_ext: the host pool stays in SGLang's own memory: %s", error)
         return original(allocator, dims, dtype, device)
     allocator.dtype, allocator.dims = dtype, dims
-    logger.info("hicache_ext: host pool of %.2f GB: %s", size / 1e9, memory.kind)
+    logger.info("hicache_ext: host pool of %.2f GB: %s", size / 1e9, kind)
+    return placed
+
+
+def tensor(dims: Any, dtype: Any) -> tuple[Any, str]:
+    """A tensor in memory of ours, and what that turned out to be. OSError or ValueError when it cannot be had."""
+    import torch
+
+    size = math.prod(dims) * torch.empty([], dtype=dtype).element_size()
+    memory = OwnedMemory(size, not_in_children=True)
     # The tensor keeps the mapping alive; nobody else does.
-    return torch.frombuffer(memory.map, dtype=torch.uint8, count=size, offset=memory.offset).view(dtype).reshape(dims)
+    flat = torch.frombuffer(memory.map, dtype=torch.uint8, count=size, offset=memory.offset)
+    return flat.view(dtype).reshape(dims), memory.kind

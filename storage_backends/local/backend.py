@@ -146,7 +146,9 @@ class LocalBackend(Backend):
                 "use the program version that wrote it, or another directory, or delete this one",
             ) from error  # fmt: skip
         self.capabilities = Capabilities(persistent=True, shared=True, alignment=self._direct.alignment, medium="DISK")
-        self._engine: IoEngine = open_engine(options.engine)
+        # An engine that is asked for by name is taken as it is.
+        direct = {"direct": self._direct.works} if options.engine == "auto" else {}
+        self._engine: IoEngine = open_engine(options.engine, **direct)
         self._slots = slot_engine(self._engine)
         self._open_files: list[int] = []
         self._zeroes = OwnedMemory(BLOCK)
@@ -480,6 +482,7 @@ class LocalBackend(Backend):
                 "engine": self._engine.name,
                 "index": self._index.name,
                 "index_bytes": self._index.memory(),
+                "engines_passed_over": "; ".join(f"{k}: {v}" for k, v in self._engine.passed_over.items()),
                 "direct_io": "yes" if self._direct.works else self._direct.reason,
                 "log_errors": writer.log_errors if writer else 0,
                 "state": "directory gone" if self._gone else "disk full" if self._disk_full() else "ok",

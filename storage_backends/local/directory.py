@@ -15,7 +15,7 @@ from pathlib import Path
 from storage_backends.base import OptionError
 from storage_backends.local.files import DirectIo, remove_old_probes, try_lock
 from storage_backends.local.folder import LOCK, Folder, extent_numbers, extent_path, folder_number
-from storage_backends.local.format import FORMAT_LINE, VERSION
+from storage_backends.local.format import FORMAT_LINE, VERSION, UnknownVersion
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record
 from storage_backends.local.writer import RemovedListener, Writer
@@ -37,11 +37,14 @@ class Directory:
         self.writer: Writer | None = None
         self.share = capacity
         self._seen_mtime = -1
+        self._open = False
+        self._unknown: set[int] = set()
         self._inode = _prepare(path)
         remove_old_probes(path)
         self.refresh()
         for folder in self.folders.values():
             folder.namespaces()  # an extent of an unknown version refuses now, not at the first write
+        self._open = True
 
     def gone(self) -> bool:
         """Whether the directory that was opened is no longer there (removed, unmounted, replaced)."""
@@ -63,8 +66,20 @@ class Directory:
                     if self.writer is None or self.writer.number != number:
                         self.folders[number] = Folder(self.path / name, self.direct)
         for folder in self.folders.values():
-            with contextlib.suppress(OSError):  # a folder that cannot be read hides none of the others
-                folder.poll(self.index)
+            self._poll(folder)
+
+    def _poll(self, folder: Folder) -> None:
+        """Read on in a folder's log. One that cannot be read, or not understood, hides none of the others."""
+        try:
+            folder.poll(self.index)
+        except OSError:
+            pass
+        except UnknownVersion as error:
+            if not self._open:
+                raise  # at the start: this program is too old for the directory
+            if folder.number not in self._unknown:
+                self._unknown.add(folder.number)
+                logger.warning("%s: %s: a newer program writes here; its pages are not seen", folder.path, error)
 
     def claim(self, namespace: bytes, removed: RemovedListener) -> Writer:
         """Become a writer: of an abandoned folder that holds this namespace, else of a new one.

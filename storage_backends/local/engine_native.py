@@ -17,10 +17,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-import hicache_ext._io as _io
 from storage_backends.local.engine import EngineUnavailable, IoEngine, Transfer
 from storage_backends.local.engine_common import check_iov, end, on_a_thread_of_its_own
 from storage_backends.local.slots import CancelFlag, Ended, SlotEngine, SlotGroup
+
+try:
+    import hicache_ext._io as _io
+except ModuleNotFoundError:
+    raise  # not built
+except ImportError as error:  # built for another machine than this one
+    raise EngineUnavailable(f"cannot be loaded: {error}") from error
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +46,18 @@ class NativeEngine(IoEngine, SlotEngine):
     """rings: rings, and threads for them. depth: pages in flight at a time in each of them.
 
     sqpoll: a kernel thread takes the requests (it spins: CPU for latency). iopoll: completions are polled (only for
-    devices with polled queues, and direct I/O).
+    devices with polled queues, and direct I/O). direct: whether the files will do O_DIRECT; without it reads and writes
+    copy to and from the page cache, which more threads than these do better.
     """
 
     name = "native"
-    option_names = frozenset({"rings", "depth", "sqpoll", "iopoll"})
+    option_names = frozenset({"rings", "depth", "sqpoll", "iopoll", "direct"})
 
-    def __init__(self, rings: int = 2, depth: int = 32, sqpoll: bool = False, iopoll: bool = False) -> None:
+    def __init__(
+        self, rings: int = 2, depth: int = 32, sqpoll: bool = False, iopoll: bool = False, direct: bool = True
+    ) -> None:
+        if not direct:
+            raise EngineUnavailable("the file system does no direct I/O")
         try:
             self._io = _io.Engine(rings, depth, sqpoll, iopoll)
         except _io.Unavailable as error:

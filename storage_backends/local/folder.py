@@ -69,9 +69,10 @@ def folder_number(name: str) -> int | None:
 
 
 def extent_numbers(folder: Path) -> list[int]:
-    """Numbers of the extents in a folder, ascending."""
+    """Numbers of the extents in a folder, ascending. Only regular files: opening a pipe would wait for ever."""
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_file()]
     except FileNotFoundError:
         return []
     return sorted(number for name in names if (number := extent_number(name)) is not None)

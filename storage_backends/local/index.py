@@ -199,7 +199,7 @@ class Index:
         ]
         replaced = [old for page in pages if (old := self.insert(page)) is not None]
         self.touch(namespace, split, used=False)
-        return replaced, b"".join(map(encode_stored, pages))
+        return replaced, encode_stored(pages)
 
     # -- one page ------------------------------------------------------------------------------------------------
 
@@ -389,8 +389,8 @@ class Index:
 
     def own_records(self) -> bytes:
         """Log records of the own pages, in the order in which a later start should read them: first to go first."""
-        return b"".join(
-            encode_stored(space.entries[key].told()) for space in self.spaces.values() for key in self._in_order(space)
+        return encode_stored(
+            space.entries[key].told() for space in self.spaces.values() for key in self._in_order(space)
         )
 
     def apply_log(self, folder: int, records: bytes, at_end: bool) -> tuple[int, int, list[int]]:

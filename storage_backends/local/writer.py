@@ -83,6 +83,10 @@ class Writer:
                 logger.warning("%s: %s; deleted, its pages are lost", path, error)
                 path.unlink(missing_ok=True)
                 continue
+            except OSError as error:
+                # One bad sector or permission must not cost the folder. The number stays taken, the file is left alone.
+                logger.warning("%s: %s; its pages count as misses", path, error)
+                continue
             self.extents[number] = extent
         for number in self._index.extents(self.number):
             known = self.extents.get(number)
@@ -305,7 +309,7 @@ class Writer:
             header.generation, own=True, time_ns=header.time_ns,
         )  # fmt: skip
         self._index.insert(page, oldest=True)  # nobody asked for it since
-        self._append(encode_stored(page))
+        self._append(encode_stored([page]))
         self._generation = max(self._generation, header.generation)
         return True
 

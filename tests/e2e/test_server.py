@@ -266,6 +266,8 @@ class TestWithPlugin:
 
     def test_weights_that_change_never_meet_older_pages(self, with_plugin: Client, place: Place) -> None:
         def update(model: Path) -> None:
+            with_plugin.settle()
+            with_plugin.flush()  # SGLang asserts that it can flush after an update: nothing may be on its way
             answer = with_plugin.admin("POST", "/update_weights_from_disk", model_path=str(model))
             assert answer.json()["success"], answer.text
 
@@ -369,6 +371,8 @@ class TestAfterAKillWithoutPlugin:
         assert "the directory is gone" in without_plugin.log()
 
     def test_a_weight_update_detaches_with_one_line(self, without_plugin: Client, place: Place) -> None:
+        without_plugin.settle()
+        without_plugin.flush()  # SGLang asserts that it can flush after an update: nothing may be on its way
         answer = without_plugin.admin("POST", "/update_weights_from_disk", model_path=str(place.other_model))
         assert answer.json()["success"], answer.text
         output, cached = without_plugin.ask(PROMPTS["p1500"])

@@ -225,6 +225,20 @@ def plugin_wrong_key_is_one_line() -> None:
     assert "Fix:" in line, line
 
 
+def plugin_lookups_name_the_chain() -> None:
+    """The tier learns from a lookup that the head of the chain is in use, though SGLang asks only for the tail."""
+    with attached() as found:
+        seen = spy(found.adapter, "lookup")
+        key = found.key(TOKENS)
+        hashes = found.hashes(key)
+        head, tail = hashes[:12], hashes[12:]
+        found.prefetch(found.key(TOKENS[12 * rig.PAGE :]), head[-1], list(head))  # 0.5.17 appends to the list
+        batch = seen[0]
+        assert batch.keys == bytes.fromhex("".join(tail))
+        assert batch.parent(0) == bytes.fromhex(head[-1])
+        assert batch.parent(1) == bytes.fromhex(tail[0])
+
+
 def plugin_parses_and_passes_prefix_keys() -> None:
     from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 

@@ -267,3 +267,37 @@ def test_a_directory_that_vanishes_fails_writes_and_serves_what_is_open(tier: Op
     assert backend.stats()["state"] == "directory gone"
     assert store(backend, space, chain("b", 4)) == [Outcome.FAILED] * 4
     assert served(backend, space, keys) == [Outcome.HIT] * 8
+
+
+def test_an_extent_that_cannot_be_opened_costs_only_its_pages(tier: Open, tmp_path: Path) -> None:
+    space = namespace(LENGTHS)
+    first = tier(capacity=128 * MIB)
+    store(first, space, chain("a", 40))
+    first.close()
+    folder = tmp_path / "tier" / "w0"
+    extents = sorted(folder.glob("*.ext"))
+    assert len(extents) > 1
+    extents[0].unlink()
+    extents[0].mkdir()  # root may open any file, but nobody a directory for writing
+    os.mkfifo(folder / "e0000009999.ext")
+    again = tier(capacity=128 * MIB)
+    assert store(again, space, chain("b", 20)) == [Outcome.HIT] * 20
+    outcomes = served(again, space, chain("a", 40))
+    assert outcomes.count(Outcome.HIT) == 40 - outcomes.count(Outcome.MISS) > 10
+
+
+def test_a_newer_program_beside_us_is_not_understood_and_does_no_harm(
+    tier: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    space, keys = namespace(LENGTHS), chain("a", 4)
+    backend = tier()
+    store(backend, space, keys)
+    other = tmp_path / "tier" / "w7"
+    other.mkdir()
+    (other / "residency.log").write_bytes(b"HICRLOG1" + (9).to_bytes(4, "little") + bytes(500))
+    for turn in range(3):
+        assert store(backend, space, chain(f"b{turn}", 2)) == [Outcome.HIT] * 2
+        assert served(backend, space, keys) == [Outcome.HIT] * 4
+    assert sum("a newer program writes here" in record.getMessage() for record in caplog.records) == 1
+    with pytest.raises(OptionError, match=r"residency log format 9.*Fix:"):
+        tier()

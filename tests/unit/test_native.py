@@ -24,9 +24,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hicache_ext.page import Namespace
+from storage_backends.base import Dispatcher, Outcome
 from storage_backends.buffers import OwnedMemory
+from storage_backends.local import LocalBackend
 from storage_backends.local.engine import Transfer
 from storage_backends.local.engine_threads import ThreadsEngine
+from storage_backends.local.files import DirectIo
 from storage_backends.local.folder import Extent
 from storage_backends.local.format import BLOCK, ExtentHeader, SlotHeader, SlotHeaders, SlotShape
 from storage_backends.local.slot_transfers import TransferSlots, judge
@@ -440,6 +443,34 @@ def test_a_low_limit_of_locked_memory_is_said_once_and_lived_with(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0] == f"[{4 << 20}] 0 True"
     assert done.stderr.count("limit of locked memory") == 1
+
+
+def test_a_file_system_without_direct_io_gets_the_next_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = DirectIo(False, 1, 1, "refused on purpose")
+    monkeypatch.setattr("storage_backends.local.backend.probe_direct", lambda path: refused)
+    dispatcher = Dispatcher()
+    for choice, passed_over in (("auto", "native: the file system does no direct I/O"), ("native", "")):
+        options = {"path": tmp_path / choice, "capacity": 16 << 20, "engine": choice}
+        backend = LocalBackend(LocalBackend.Options.model_validate(options), dispatcher)
+        stats = backend.stats()
+        assert (stats["engine"] == "native") == (choice == "native")
+        assert str(stats["engines_passed_over"]).startswith(passed_over)
+        pool, keys = HostPool(namespace(), 8), chain("a", 8)
+        assert backend.write(pool.write_batch(keys)).result(30) == [Outcome.HIT] * 8
+        pool.poison()
+        assert backend.read(pool.batch(keys)).result(30) == [Outcome.HIT] * 8
+        assert all(pool.right(page, key) for page, key in enumerate(keys))
+        backend.close()
+    dispatcher.close()
+
+
+def test_where_io_uring_is_forbidden_the_reason_is_told() -> None:
+    program = "from storage_backends.local.engine import open_engine; e = open_engine(); print(e.name, e.passed_over)"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.seccomp", "errno", sys.executable, "-c", program],
+        capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.stdout.startswith("threads {'native': 'io_uring is forbidden here"), done.stdout + done.stderr
 
 
 def test_the_interpreter_ends_with_an_engine_open_and_busy(tmp_path: Path) -> None:
