@@ -262,6 +262,7 @@ void Index::remove(std::uint32_t n, bool evicted) {
     if (node.pin != NONE) {
         Pin& pin = pins_.at(node.pin);
         pin.page = page(n);
+        pin.failures = node.failures;
         pin.node = NONE;
         node.pin = NONE;
     }
@@ -307,6 +308,14 @@ bool Index::unpin(std::uint32_t handle) {
     if (!gone) nodes_[pin.node].pin = NONE;
     pins_.erase(handle);
     return gone;
+}
+
+std::uint32_t Index::fail(std::uint32_t handle) {
+    Pin& pin = pins_.at(handle);
+    if (pin.node == NONE) return ++pin.failures;
+    Node& node = nodes_[pin.node];
+    if (node.failures < 255) ++node.failures;
+    return node.failures;
 }
 
 void Index::protect(const Digest& space, std::span<const std::uint8_t> keys) {

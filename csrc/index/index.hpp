@@ -80,6 +80,8 @@ public:
     Pin& pinned(std::uint32_t handle) { return pins_.at(handle); }
     /// Whether the page went while it was in use and nobody uses it any more: its slot, if ours, is free now.
     bool unpin(std::uint32_t handle);
+    /// Count a failed read of this page, which is remembered as long as the page is resident; how many there were.
+    std::uint32_t fail(std::uint32_t handle);
 
     void protect(const Digest& space, std::span<const std::uint8_t> keys);
     std::uint32_t victim(const Digest& space);

@@ -253,7 +253,7 @@ void bind(nb::module_& m) {
         .def("pin", &pin)
         .def("unpin", &unpin)
         .def("pinned", &pinned)
-        .def("fail", [](Index& index, std::uint32_t handle) { return ++index.pinned(handle).failures; })
+        .def("fail", &Index::fail)
         .def("get", [](Index& index, const nb::bytes& space, const nb::bytes& key) {
             return told_or_none(index, index.find(digest(space), one_key(key))); })
         .def("has", [](Index& index, const nb::bytes& space, const nb::bytes& key) {

@@ -281,6 +281,29 @@ def test_adoption_restores_ancestors_last(make: Make) -> None:
 
 
 @both
+def test_failed_reads_are_remembered_between_reads(make: Make) -> None:
+    index = make("lru")
+    index.insert(page(1, 1))
+    for times in (1, 2):
+        handles = index.pin(SPACE, key(1), None).handles
+        assert index.fail(handles[0]) == times
+        assert index.unpin(handles) == [False]
+
+
+@both
+def test_a_page_removed_while_it_is_read_frees_its_slot_after_the_last_reader(make: Make) -> None:
+    index = make("lru")
+    index.insert(page(1, 1))
+    one, two = (index.pin(SPACE, key(1), None).handles for _ in range(2))
+    assert index.victim(SPACE) is None
+    index.remove(index.get(SPACE, key(1)))
+    index.insert(page(1, 2))
+    assert index.pinned(two[0]).slot == 1
+    assert [index.unpin(one), index.unpin(two)] == [[False], [True]]
+    assert index.get(SPACE, key(1)).slot == 2
+
+
+@both
 def test_credit_keeps_what_was_used_often(make: Make) -> None:
     index = make("credit")
     index.set_capacity(SPACE, 8)
