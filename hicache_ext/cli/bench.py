@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import typer
 
+from hicache_ext.cli.bench_index import index_command
 from hicache_ext.cli.bench_io import io_command
 from hicache_ext.cli.bench_policy import policy_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command("io")(io_command)
 app.command("policy")(policy_command)
+app.command("index")(index_command)
 
 
 @app.callback()

@@ -13,15 +13,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, model_validator
 
-from hicache_ext.page import NO_PARENT, Namespace
+from hicache_ext.page import Namespace
 from storage_backends.base import (
     CLOSE_SECONDS,
     Backend,
@@ -42,9 +42,11 @@ from storage_backends.local.engine import IoEngine, open_engine
 from storage_backends.local.files import probe_direct
 from storage_backends.local.folder import Extent
 from storage_backends.local.format import BLOCK, FormatError, SlotShape
-from storage_backends.local.index import Entry, Index
+from storage_backends.local.index import Page
+from storage_backends.local.index_choice import open_index
+from storage_backends.local.policy import DEFAULT, Admission, Always, SecondHit, WriteBudget
 from storage_backends.local.recovery import scan
-from storage_backends.local.slots import CancelFlag, SlotGroup, SlotIo, Verdict, slot_engine
+from storage_backends.local.slots import CancelFlag, SlotGroup, SlotIo, Verdict, rows, slot_engine
 from storage_backends.local.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -52,30 +54,48 @@ logger = logging.getLogger(__name__)
 _MAINTENANCE_SECONDS = 0.2
 _SHARE_SECONDS = 2.0
 _MIN_CAPACITY = 1 << 20
+#: Refused pages that second-hit admission remembers at most, for each namespace.
+_REMEMBERED = 1 << 18
 
 
 class LocalOptions(BackendOptions):
     """path: directory on the disk. capacity: bytes of disk for all processes that use the directory together.
 
-    engine: what moves the bytes ("auto": the best that works here).
+    engine: what moves the bytes ("auto": the best that works here). eviction: the order in which pages go when room is
+    short, always the ends of chains first. admission: which pages are worth a write once the tier is full
+    ("second_hit": those offered before, "write_budget": as many as write_bytes_per_day pay for).
     """
 
     path: Path
     capacity: ByteSize = Field(ge=_MIN_CAPACITY)
     engine: Literal["auto", "native", "liburing", "threads"] = "auto"
+    eviction: Literal["credit", "lru", "s3fifo"] = DEFAULT  # type: ignore[assignment]
+    admission: Literal["always", "second_hit", "write_budget"] = "always"
+    write_bytes_per_day: ByteSize | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _budget_has_a_size(self) -> LocalOptions:
+        if (self.admission == "write_budget") != (self.write_bytes_per_day is not None):
+            raise ValueError("admission: write_budget and write_bytes_per_day go together; give both or neither")
+        return self
 
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """Pages of one batch whose I/O begins together. entries: the pages being read, or what is published once written.
+    """Pages of one batch whose I/O begins together.
 
-    The lists are by place in the group: pages[i] is the page's number in the batch.
+    The lists are by place in the group: pages[i] is the page's number in the batch. handles: of the pages being read
+    (Index.pin). batch, generations, time_ns: of the pages being written, for when they are published.
     """
 
     completion: Completion
     pages: list[int]
-    entries: list[Entry]
     extents: list[Extent]
+    slots: list[int]
+    handles: list[int] = field(default_factory=list)
+    batch: PageBatch | None = None
+    generations: list[int] = field(default_factory=list)
+    time_ns: int = 0
     group: SlotGroup | None = None
 
 
@@ -108,7 +128,8 @@ class LocalBackend(Backend):
 
     def __init__(self, options: LocalOptions, dispatcher: Dispatcher) -> None:
         super().__init__(options, dispatcher)
-        self._index = Index()
+        self._index = open_index(options.eviction)
+        self._admissions: dict[bytes, Admission] = {}
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
         self._said: set[str] = set()
@@ -132,10 +153,10 @@ class LocalBackend(Backend):
         self._open_files: list[int] = []
         self._zeroes = OwnedMemory(BLOCK)
         logger.info(
-            "local tier %s: %s, engine %s, %s, checksums by %s; %d pages known from the logs",
+            "local tier %s: %s, engine %s, %s, checksums by %s, %s index; %d pages known from the logs",
             options.path, options.capacity.human_readable(), self._engine.name,
             "O_DIRECT" if self._direct.works else f"buffered I/O ({self._direct.reason})",
-            checksum.implementation(), len(self._index),
+            checksum.implementation(), self._index.name, len(self._index),
         )  # fmt: skip
         self._threads = [threading.Thread(target=self._maintain, name="hicache-local", daemon=True)]
         self._threads[0].start()
@@ -151,24 +172,8 @@ class LocalBackend(Backend):
         with self._lock:
             return self._lookup(batch)
 
-    def _lookup(self, batch: KeyBatch) -> np.ndarray:
-        found = np.zeros(len(batch), np.uint8)
-        digest = batch.namespace.digest
-        present = []
-        for i in range(len(batch)):
-            entry = self._index.get(digest, batch.key(i))
-            if entry is not None:
-                found[i] = 1
-                present.append(entry.key)
-                self._index.link(entry, batch.parent(i) or NO_PARENT)
-        self._index.touch(digest, [*self._head(batch), *present])
-        return found
-
-    @staticmethod
-    def _head(batch: KeyBatch) -> list[bytes]:
-        """The parent of the batch's first page: its chain is in use even when none of the batch is here."""
-        parent = batch.parent(0) if len(batch) else None
-        return [] if parent is None else [parent]
+    def _lookup(self, batch: KeyBatch, used: bool = True) -> np.ndarray:
+        return self._index.lookup(batch.namespace.digest, batch.keys, batch.parents, used)
 
     # -- read ----------------------------------------------------------------------------------------------------
 
@@ -177,51 +182,45 @@ class LocalBackend(Backend):
         completion.cancelled = cancelled = CancelFlag()
         io = self._io(batch)
         bounced = io.must_bounce(batch)
-        pages: list[int] = []
-        entries: list[Entry] = []
-        extents: list[Extent] = []
-        missing = []
+        digest = batch.namespace.digest
         with self._lock:
-            found = self._entries(batch)
-            if None in found:
+            held = self._index.pin(digest, batch.keys, batch.parents)
+            if len(held.pages) < len(batch):
                 self._directory.refresh()
-                found = self._entries(batch)
-            for page, entry in enumerate(found):
-                extent = None if entry is None else self._extent(entry)
-                if entry is None or extent is None:
-                    missing.append(page)
-                    if entry is not None:
-                        self._drop(entry, "lost")
-                    continue
-                entry.pins += 1
-                extent.pins += 1
-                pages.append(page)
-                entries.append(entry)
-                extents.append(extent)
-            self._index.touch(batch.namespace.digest, [*self._head(batch), *(entry.key for entry in entries)])
-            self._count_way(bounced, len(pages))
+                self._index.unpin(held.handles)
+                held = self._index.pin(digest, batch.keys, batch.parents)
+            extents = [self._extent(*place) for place in zip(held.own, held.folders, held.extents, strict=True)]
+            lost = [handle for handle, extent in zip(held.handles, extents, strict=True) if extent is None]
+            for handle in lost:
+                self._drop(self._index.pinned(handle), "lost")
+            self._index.unpin(lost)
+            flight = _Flight(completion, [], [], [])
+            for page, handle, extent, slot in zip(held.pages, held.handles, extents, held.slots, strict=True):
+                if extent is not None:
+                    extent.pins += 1
+                    flight.pages.append(page)
+                    flight.handles.append(handle)
+                    flight.extents.append(extent)
+                    flight.slots.append(slot)
+            self._count_way(bounced, len(flight.pages))
+        missing = list(set(range(len(batch))).difference(flight.pages))
         completion.settle_many(missing, [Outcome.MISS] * len(missing))
-        numbers = [entry.slot for entry in entries]
-        at = 0
-        while at < len(pages):
-            flight = _Flight(completion, pages[at:], entries[at:], extents[at:])
+        while flight.pages:
             ended = partial(self._read_done, flight)
-            group = io.group(batch, pages[at:], False, bounced, flight.extents, numbers[at:], cancelled, ended)
-            at += len(group)
+            group = io.group(batch, flight.pages, False, bounced, flight.extents, flight.slots, cancelled, ended)
             flight.group = group
+            at = len(group)
+            rest = _Flight(completion, flight.pages[at:], flight.extents[at:], flight.slots[at:], flight.handles[at:])
             self._slots.submit_slots(group)
+            flight = rest
         return completion
 
-    def _entries(self, batch: KeyBatch) -> list[Entry | None]:
-        digest = batch.namespace.digest
-        return [self._index.get(digest, batch.key(page)) for page in range(len(batch))]
-
-    def _extent(self, entry: Entry) -> Extent | None:
+    def _extent(self, own: bool, folder_number: int, number: int) -> Extent | None:
         writer = self._directory.writer
-        if entry.own and writer is not None:
-            return writer.extents.get(entry.extent)
-        folder = self._directory.folders.get(entry.folder)
-        return None if folder is None else folder.extent(entry.extent)
+        if own and writer is not None:
+            return writer.extents.get(number)
+        folder = self._directory.folders.get(folder_number)
+        return None if folder is None else folder.extent(number)
 
     def _read_done(self, flight: _Flight, places: Sequence[int], moved: Sequence[int], verdicts: bytes) -> None:
         assert flight.group is not None
@@ -237,33 +236,33 @@ class LocalBackend(Backend):
 
     def _read_outcome(self, flight: _Flight, place: int, moved: int, verdict: int) -> Outcome:
         """What became of one page, and what follows for the index. The page is still pinned."""
-        entry = flight.entries[place]
+        handle = flight.handles[place]
         if moved == -errno.ECANCELED:
             return Outcome.TIMEOUT
         if moved < 0:
             self._say(f"read {errno.errorcode.get(-moved, -moved)}", "a read failed with %s", os.strerror(-moved))
-            entry.failures += 1
             self._counts["io_errors"] += 1
-            if entry.failures > 1:  # once may be the bus; twice is this page
-                self._drop(entry, "io_error")
+            if self._index.fail(handle) > 1:  # once may be the bus; twice is this page
+                self._drop(self._index.pinned(handle), "io_error")
             return Outcome.FAILED
         if verdict == Verdict.VALID:
             return Outcome.HIT
-        if verdict == Verdict.OTHER_PAGE and not entry.own:
-            self._drop(entry, "lost_race")  # its writer reused the slot: the end of every eviction
+        page = self._index.pinned(handle)
+        if verdict == Verdict.OTHER_PAGE and not page.own:
+            self._drop(page, "lost_race")  # its writer reused the slot: the end of every eviction
             return Outcome.MISS
         what = Verdict(verdict).name.lower().replace("_", " ")
         self._say("corrupt", "a page failed verification (%s) and is quarantined", what)
-        self._drop(entry, "corrupt")
-        if entry.own:
-            self._erase(flight.extents[place], entry.slot)
+        self._drop(page, "corrupt")
+        if page.own:
+            self._erase(flight.extents[place], page.slot)
         return Outcome.CORRUPT
 
-    def _drop(self, entry: Entry, reason: str) -> None:
+    def _drop(self, page: Page, reason: str) -> None:
         """Stop serving a page. Another writer's page is only forgotten here: its slot is not ours to free."""
-        if entry.own and self._directory.writer is not None:
-            self._directory.writer.forget([entry], reason)
-        elif self._index.remove(entry):
+        if page.own and self._directory.writer is not None:
+            self._directory.writer.forget([page], reason)
+        elif self._index.remove(page):
             self._counts[reason] += 1
 
     def _erase(self, extent: Extent, slot: int) -> None:
@@ -275,14 +274,16 @@ class LocalBackend(Backend):
             self._say("erase", "a quarantined slot could not be erased: %s", error)
 
     def _unpin(self, flight: _Flight, places: Sequence[int]) -> None:
-        at = self._index.at
-        for place in places:
-            entry, extent = flight.entries[place], flight.extents[place]
-            entry.pins -= 1
+        writer = self._directory.writer
+        handles = [flight.handles[place] for place in places]
+        # A page of ours that was removed while it was being read: its slot could not be freed then.
+        own = [self._index.pinned(handle).own for handle in handles] if writer is not None else []
+        freed = self._index.unpin(handles)
+        for at, place in enumerate(places):
+            extent = flight.extents[place]
             extent.unpin()
-            if not entry.pins and entry.own and at(entry.folder, entry.extent, entry.slot) is not entry:
-                # Removed while it was being read: its slot could not be freed then.
-                self._writer.give_back(extent, entry.slot)
+            if freed[at] and writer is not None and own[at]:
+                writer.give_back(extent, flight.slots[place])
 
     # -- write ---------------------------------------------------------------------------------------------------
 
@@ -296,7 +297,8 @@ class LocalBackend(Backend):
         known: list[tuple[int, Outcome]] = []
         with self._lock:
             self._directory.refresh()  # what another writer has is not written twice
-            self._lookup(batch)  # links parents, touches the chain
+            found = self._lookup(batch, used=False)  # links parents, touches the chain
+            admitted: dict[int, bool] = {}
             chain: frozenset[bytes] | None = None
             refused: set[bytes] = set()
 
@@ -304,6 +306,11 @@ class LocalBackend(Backend):
                 """What must not go for this page: its chain. And nothing may, when its parent is not here to stay."""
                 nonlocal chain
                 parent = batch.parent(page)
+                # Asked even where a refused parent decides: so the whole chain is known the next time.
+                if page not in admitted:
+                    admitted[page] = self._admit(batch, page, io.shape.slot_bytes)
+                if not admitted[page]:
+                    return None
                 if chain is None:
                     chain = frozenset(self._chain(batch))
                 if parent is None or (parent in chain and parent not in refused):
@@ -311,17 +318,21 @@ class LocalBackend(Backend):
                 return None
 
             for page in range(len(batch)):
-                if self._index.get(batch.namespace.digest, batch.key(page)) is not None:
+                if found[page] and self._index.has(batch.namespace.digest, batch.key(page)):
                     known.append((page, Outcome.HIT))
                     continue
                 try:
-                    place = self._allocate(batch.namespace, io.shape, protected)
+                    place = self._allocate(batch.namespace, io.shape, protected, lambda: admitted.get(page, True))  # noqa: B023
                 except OSError as error:
                     self._say("allocate", "no room can be made: %s", error)
                     known.append((page, self._refused(-(error.errno or errno.EIO))))
                     continue
                 if place is None:
-                    self._counts["rejected_no_room"] += 1
+                    parent = batch.parent(page)
+                    if not admitted.get(page, True):
+                        self._counts[f"rejected_{self.options.admission}"] += 1
+                    else:
+                        self._counts["rejected_unreachable" if parent in refused else "rejected_no_room"] += 1
                     known.append((page, Outcome.REJECTED))
                     refused.add(batch.key(page))
                     continue
@@ -331,39 +342,46 @@ class LocalBackend(Backend):
         completion.settle_many([page for page, _ in known], [outcome for _, outcome in known])
         if not pages:
             return completion
-        space, now = batch.namespace, time.time_ns()
-        folder = self._writer.number
+        now = time.time_ns()
         extents = [extent for extent, _, _ in places]
-        numbers = [slot for _, slot, _ in places]
-        entries = [
-            Entry(
-                space.digest, batch.key(page), batch.parent(page) or NO_PARENT, folder, extent.number, slot, generation,
-                own=True, time_ns=now,
-            )
-            for page, (extent, slot, generation) in zip(pages, places, strict=True)
-        ]  # fmt: skip
+        slots = [slot for _, slot, _ in places]
+        generations = [generation for _, _, generation in places]
         at = 0
         while at < len(pages):
-            flight = _Flight(completion, pages[at:], entries[at:], extents[at:])
+            flight = _Flight(
+                completion, pages[at:], extents[at:], slots[at:], batch=batch, generations=generations[at:], time_ns=now
+            )
             ended = partial(self._write_done, flight)
-            group = io.group(batch, pages[at:], True, bounced, flight.extents, numbers[at:], cancelled, ended)
+            group = io.group(batch, pages[at:], True, bounced, flight.extents, flight.slots, cancelled, ended)
             end = at + len(group)
-            io.write_headers(group, batch, pages[at:end], [entry.generation for entry in entries[at:end]], now)
+            io.write_headers(group, batch, pages[at:end], generations[at:end], now)
             at = end
             flight.group = group
             self._slots.submit_slots(group)
         return completion
 
+    def _admit(self, batch: PageBatch, page: int, slot_bytes: int) -> bool:
+        """Whether a page is worth a write that something else must go for."""
+        space = batch.namespace.digest
+        # Budgets are the tier's, what was seen is the namespace's.
+        name = b"" if self.options.write_bytes_per_day else space
+        rule = self._admissions.get(name)
+        if rule is None:
+            rule = self._admissions[name] = _admission(self.options, slot_bytes)
+        return rule.admit(batch.key(page), slot_bytes, time.monotonic())
+
     def _chain(self, batch: KeyBatch) -> Iterable[bytes]:
         """The batch's pages and all their known ancestors: what a write of this batch must not evict."""
         for page in range(len(batch)):
             yield batch.key(page)
-        for key in self._head(batch):
-            yield from self._index.ancestors(batch.namespace.digest, key)
+        parent = batch.parent(0) if len(batch) else None
+        if parent is not None:
+            yield from self._index.ancestors(batch.namespace.digest, parent)
 
     def _allocate(
-        self, namespace: Namespace, shape: SlotShape, protected: Callable[[], frozenset[bytes] | None]
-    ) -> tuple[Extent, int, int] | None:
+        self, namespace: Namespace, shape: SlotShape, protected: Callable[[], frozenset[bytes] | None],
+        admitted: Callable[[], bool],
+    ) -> tuple[Extent, int, int] | None:  # fmt: skip
         if self._gone:
             raise OSError(errno.ENOENT, "the tier's directory is gone")
         directory = self._directory
@@ -374,7 +392,7 @@ class LocalBackend(Backend):
             place = writer.allocate(namespace, shape, directory.share, protected)
             if place is not None:
                 return *place, writer.next_generation()
-            if not directory.reclaim_abandoned():
+            if not admitted() or not directory.reclaim_abandoned():
                 return None
 
     @property
@@ -388,25 +406,33 @@ class LocalBackend(Backend):
         assert group is not None
         group.io.give(group, places)
         length = int(group.iov[: len(group.iov) // len(group), 1].sum())
+        batch = flight.batch
+        assert batch is not None
         outcomes = []
-        stored: list[Entry] = []
+        stored: list[int] = []
         with self._lock:
             writer = self._writer
             for place, result in zip(places, moved, strict=True):
-                entry, extent = flight.entries[place], flight.extents[place]
+                extent = flight.extents[place]
                 if result == length and not extent.doomed:
                     outcomes.append(Outcome.HIT)
-                    stored.append(entry)
+                    stored.append(place)
                 else:
                     outcomes.append(self._refused(result))
-                    writer.give_back(extent, entry.slot)
+                    writer.give_back(extent, flight.slots[place])
+            stored.sort()  # they end in any order, and the batch's keys are taken out in its own
+            pages = [flight.pages[place] for place in stored]
+            keys = rows(batch.keys, pages)
             if stored:
-                writer.publish(stored)
-                self._index.touch(group.namespace, [entry.key for entry in stored])
+                writer.publish(
+                    group.namespace, keys, None if batch.parents is None else rows(batch.parents, pages),
+                    [(flight.extents[place], flight.slots[place]) for place in stored],
+                    [flight.generations[place] for place in stored], flight.time_ns,
+                )  # fmt: skip
                 self._counts["stored"] += len(stored)
             for place in places:
                 flight.extents[place].unpin()
-        self.report(Residency.STORED, group.namespace, b"".join([entry.key for entry in stored]))
+        self.report(Residency.STORED, group.namespace, keys)
         flight.completion.settle_many([flight.pages[place] for place in places], outcomes)
 
     def _refused(self, moved: int) -> Outcome:
@@ -419,9 +445,9 @@ class LocalBackend(Backend):
         self._say(f"write {errno.errorcode.get(-moved, -moved)}", "a write failed with %s", os.strerror(-moved))
         return Outcome.REJECTED if -moved in (errno.ENOSPC, errno.EDQUOT) else Outcome.FAILED
 
-    def _removed(self, entry: Entry, reason: str) -> None:
+    def _removed(self, page: Page, reason: str) -> None:
         self._counts[reason] += 1
-        self.report(Residency.REMOVED, entry.namespace, entry.key)
+        self.report(Residency.REMOVED, page.namespace, page.key)
 
     # -- the rest of the contract --------------------------------------------------------------------------------
 
@@ -429,13 +455,13 @@ class LocalBackend(Backend):
         removed = 0
         with self._lock:
             for page in range(len(batch)):
-                entry = self._index.get(batch.namespace.digest, batch.key(page))
-                if entry is None:
+                known = self._index.get(batch.namespace.digest, batch.key(page))
+                if known is None:
                     continue
-                extent = self._extent(entry)
-                if entry.own and extent is not None and not entry.pins:
-                    self._erase(extent, entry.slot)
-                self._drop(entry, "removed")
+                extent = self._extent(known.own, known.folder, known.extent)
+                if known.own and extent is not None and not known.pins:
+                    self._erase(extent, known.slot)
+                self._drop(known, "removed")
                 removed += 1
         return removed
 
@@ -454,6 +480,8 @@ class LocalBackend(Backend):
                 "own_bytes": writer.disk_bytes if writer else 0,
                 "share_bytes": self._directory.share,
                 "engine": self._engine.name,
+                "index": self._index.name,
+                "index_bytes": self._index.memory(),
                 "engines_passed_over": "; ".join(f"{k}: {v}" for k, v in self._engine.passed_over.items()),
                 "direct_io": "yes" if self._direct.works else self._direct.reason,
                 "log_errors": writer.log_errors if writer else 0,
@@ -554,3 +582,13 @@ class LocalBackend(Backend):
                 if "maintenance" not in self._said:
                     self._said.add("maintenance")
                     logger.exception("local tier %s: maintenance failed (said once)", self.options.path)
+
+
+def _admission(options: LocalOptions, slot_bytes: int) -> Admission:
+    """A rule for pages of this size; asked only when the tier is full."""
+    if options.admission == "second_hit":
+        return SecondHit(max(1, min(_REMEMBERED, options.capacity // slot_bytes)))
+    if options.write_bytes_per_day is not None:
+        # A quiet time saves up at most an hour's bytes, so that a burst is no day's wear.
+        return WriteBudget(options.write_bytes_per_day, max(options.write_bytes_per_day / 24, slot_bytes))
+    return Always()

@@ -16,7 +16,7 @@ from storage_backends.base import OptionError
 from storage_backends.local.files import DirectIo, remove_old_probes, try_lock
 from storage_backends.local.folder import LOCK, Folder, extent_numbers, extent_path, folder_number
 from storage_backends.local.format import FORMAT_LINE, VERSION, UnknownVersion
-from storage_backends.local.index import Index
+from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record
 from storage_backends.local.writer import RemovedListener, Writer
 
@@ -28,7 +28,7 @@ _FORMAT = "FORMAT"
 class Directory:
     """Every folder of the tier, one of which may be ours. Not thread-safe: the backend's lock is around it."""
 
-    def __init__(self, path: Path, capacity: int, direct: DirectIo, index: Index) -> None:
+    def __init__(self, path: Path, capacity: int, direct: DirectIo, index: AnyIndex) -> None:
         self.path = path
         self.capacity = capacity
         self.direct = direct
@@ -163,9 +163,8 @@ class Directory:
                     self._clear_abandoned(folder, namespaces)
                 finally:
                     os.close(lock_fd)
-            for entry in list(self.index.in_folder(folder.number)):
-                if entry.namespace in namespaces:
-                    self.index.remove(entry)
+            for digest in namespaces:
+                self.index.drop(folder.number, digest)
 
     def _clear_abandoned(self, folder: Folder, namespaces: set[bytes]) -> None:
         log = LogWriter(folder.path / NAME)

@@ -10,15 +10,14 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
 from storage_backends.local.files import DirectIo, is_locked, open_extent
 from storage_backends.local.format import BLOCK, ExtentHeader, FormatError, UnknownVersion
-from storage_backends.local.index import Entry, Index
-from storage_backends.local.residency import NAME, Kind, LogReader, Record
+from storage_backends.local.index_choice import AnyIndex
+from storage_backends.local.residency import NAME, LogReader
 
 logger = logging.getLogger(__name__)
 
@@ -107,54 +106,22 @@ class Folder:
         """Whether a living process writes here."""
         return is_locked(self.path / LOCK)
 
-    def poll(self, index: Index) -> None:
+    def poll(self, index: AnyIndex) -> None:
         """Bring the index up to date with this folder's log."""
-        for record in self._records(index):
-            self._apply(record, index)
+        for block in self._log.blocks():
+            self._forget_if_restarted(index)
+            taken, _, gone = index.apply_log(self.number, block.data, block.at_end)
+            self._log.took(taken)
+            for number in gone:
+                extent = self.extents.pop(number, None)
+                if extent is not None:
+                    extent.doom()
+        self._forget_if_restarted(index)  # replaced by a log without records
 
-    def _records(self, index: Index) -> Iterator[Record]:
-        first = True
-        for record in self._log.read():
-            if first and self._log.restarted:
-                self._forget(index)
-            first = False
-            yield record
-        if first and self._log.restarted:
-            self._forget(index)  # replaced by a log without records
-
-    def _forget(self, index: Index) -> None:
-        for entry in index.in_folder(self.number):
-            index.remove(entry)
-
-    def _apply(self, record: Record, index: Index) -> None:
-        match record.kind:
-            case Kind.STORED:
-                known = index.get(record.namespace, record.key)
-                if known is not None and known.folder != self.number:
-                    return  # two writers stored the same page: one copy is enough to know of
-                index.insert(
-                    Entry(
-                        record.namespace,
-                        record.key,
-                        record.parent,
-                        self.number,
-                        record.extent,
-                        record.slot,
-                        record.generation,
-                        own=False,
-                        time_ns=record.time_ns,
-                    )
-                )
-            case Kind.REMOVED:
-                entry = index.at(self.number, record.extent, record.slot)
-                if entry is not None and entry.key == record.key and entry.namespace == record.namespace:
-                    index.remove(entry)
-            case Kind.EXTENT_GONE:
-                for entry in index.in_extent(self.number, record.extent):
-                    index.remove(entry)
-                gone = self.extents.pop(record.extent, None)
-                if gone is not None:
-                    gone.doom()
+    def _forget_if_restarted(self, index: AnyIndex) -> None:
+        if self._log.restarted:
+            self._log.restarted = False
+            index.drop(self.number)
 
     def extent(self, number: int) -> Extent | None:
         """The extent, opened if need be; None when it is gone or not readable as one (its pages are then misses)."""

@@ -1,26 +1,67 @@
 """The index of the local tier: which page lies where, how pages hang together, and who goes first when room is short.
 
-Belongs here: one process's view in memory, as a data structure without I/O, threads or clocks (the caller locks).
-Does not belong here: files, or whether a slot's bytes are what the index says (the reader verifies).
+Belongs here: one process's view in memory, as a data structure without I/O, threads or clocks (the caller locks). This
+is the model of the native index (csrc/index), which the property tests hold against it, and what serves where that is
+not built; index_choice.py opens one or the other. Does not belong here: files, whether a slot's bytes are what the
+index says (the reader verifies), or which leaf goes next (policy/).
 
 Eviction is suffix first. An engine can use a page only with all its ancestors, so a page with resident children is
 never a victim, and a lookup or a write touches the whole known chain, ancestors last: the engine asks a disk only for
-the tail of a chain whose head it still has in memory. With that, in the order of recency every page comes before its
-ancestors, and the oldest page is a leaf.
+the tail of a chain whose head it still has in memory.
+
+Pages are told of as `Page` tuples, where few are told of at a time; batches are packed keys and lists of numbers. A
+page in use is held by a handle (`pin`, `unpin`), which outlives the page when that is removed meanwhile.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple, cast
 
-from hicache_ext.page import NO_PARENT
+import numpy as np
+
+from hicache_ext.page import NO_PARENT, split_keys
+from storage_backends.local.format import FormatError
+from storage_backends.local.policy import ORDERS
+from storage_backends.local.policy.order import Order
+from storage_backends.local.residency import RECORD_BYTES, Kind, Record, encode_stored
+
+
+class Page(NamedTuple):
+    """One resident page, as it was when told. folder: its writer's number. own: this process is that writer.
+
+    generation: of its slot; folder, extent, slot and generation together are one page's and no other's, ever.
+    pins: reads that used it.
+    """
+
+    namespace: bytes
+    key: bytes
+    parent: bytes
+    folder: int
+    extent: int
+    slot: int
+    generation: int
+    own: bool
+    time_ns: int = 0
+    pins: int = 0
+
+
+class Pinned(NamedTuple):
+    """A batch's resident pages, held. pages: their numbers in the batch. The rest: of each of them, in that order."""
+
+    pages: list[int]
+    handles: list[int]
+    folders: list[int]
+    extents: list[int]
+    slots: list[int]
+    own: list[bool]
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One resident page. folder: its writer's number. own: this process is that writer. pins: reads that use it now."""
+    """A page in the index."""
 
     namespace: bytes
     key: bytes
@@ -34,79 +75,192 @@ class Entry:
     pins: int = 0
     failures: int = 0
 
+    def told(self) -> Page:
+        return Page(
+            self.namespace, self.key, self.parent, self.folder, self.extent, self.slot, self.generation, self.own,
+            self.time_ns, self.pins,
+        )  # fmt: skip
+
 
 @dataclass
 class Space:
-    """The pages of one namespace. order: own pages, oldest first. own_, other_children: resident ones per page."""
+    """The pages of one namespace. order: the own ones. other_children: resident in other folders, per page."""
 
+    order: Order
     entries: dict[bytes, Entry] = field(default_factory=dict)
-    order: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-    own_children: dict[bytes, int] = field(default_factory=dict)
     other_children: dict[bytes, int] = field(default_factory=dict)
     touched: int = 0
+    oldest: int = 0
+
+
+class _Kept:
+    """What may not go, as a collection that looks it up."""
+
+    def __init__(self, space: Space, protected: frozenset[bytes], last_resort: bool) -> None:
+        self._space, self._protected, self._last_resort = space, protected, last_resort
+
+    def __contains__(self, key: object) -> bool:
+        assert isinstance(key, bytes)
+        if key in self._protected or self._space.entries[key].pins:
+            return True
+        return not self._last_resort and key in self._space.other_children
+
+    def __iter__(self) -> None:
+        raise TypeError("too many to name")
+
+    __len__ = __iter__
 
 
 class Index:
     """Entries by namespace and key, and by folder and extent. Not thread-safe: the backend holds one lock around it."""
 
-    def __init__(self) -> None:
+    name = "python"
+
+    def __init__(self, order: str = "lru") -> None:
+        """order: a name of storage_backends.local.policy.ORDERS."""
+        self._new_order = ORDERS[order]
         self.spaces: dict[bytes, Space] = {}
         self._extents: dict[tuple[int, int], dict[int, Entry]] = {}
         self._clock = 0
+        self._pinned: dict[int, Entry] = {}
+        self._handles = count(1)
 
     def __len__(self) -> int:
         return sum(len(space.entries) for space in self.spaces.values())
 
-    def get(self, namespace: bytes, key: bytes) -> Entry | None:
-        space = self.spaces.get(namespace)
-        return None if space is None else space.entries.get(key)
+    def memory(self) -> int:
+        """Bytes in use; 0: not known."""
+        return 0
 
-    def insert(self, entry: Entry) -> Entry | None:
-        """Add a page; the entry it took the place of, if the page was resident before (elsewhere, or the same slot)."""
-        old = self.get(entry.namespace, entry.key)
+    # -- batches -------------------------------------------------------------------------------------------------
+
+    def lookup(self, namespace: bytes, keys: bytes, parents: bytes | None, used: bool) -> np.ndarray:
+        """uint8[n]: 1 where resident. Links parents; touches what is there and all known ancestors.
+
+        used: counts as a use of the pages (a lookup by an engine), else only refreshes them.
+        """
+        found = np.zeros(len(keys) // len(NO_PARENT), np.uint8)
+        above = None if parents is None else split_keys(parents)
+        present = [] if above is None else above[:1]
+        for i, key in enumerate(split_keys(keys)):
+            if self.has(namespace, key):
+                found[i] = 1
+                present.append(key)
+                if above is not None:
+                    self.link(namespace, key, above[i])
+        self.touch(namespace, present, used)
+        return found
+
+    def pin(self, namespace: bytes, keys: bytes, parents: bytes | None) -> Pinned:
+        """Hold the resident pages of a batch, and touch them as a lookup that is no use of its own."""
+        held = Pinned([], [], [], [], [], [])
+        present = [] if parents is None else split_keys(parents)[:1]
+        for page, key in enumerate(split_keys(keys)):
+            entry = self._get(namespace, key)
+            if entry is None:
+                continue
+            entry.pins += 1
+            handle = next(self._handles)
+            self._pinned[handle] = entry
+            present.append(key)
+            values = (page, handle, entry.folder, entry.extent, entry.slot, entry.own)
+            for column, value in zip(cast(tuple[list[int], ...], held), values, strict=True):
+                column.append(value)
+        self.touch(namespace, present, used=False)
+        return held
+
+    def unpin(self, handles: list[int]) -> list[bool]:
+        """For each: whether its page was removed meanwhile and this was its last reader."""
+        freed = []
+        for handle in handles:
+            entry = self._pinned.pop(handle)
+            entry.pins -= 1
+            freed.append(not entry.pins and self._get(entry.namespace, entry.key) is not entry)
+        return freed
+
+    def pinned(self, handle: int) -> Page:
+        return self._pinned[handle].told()
+
+    def fail(self, handle: int) -> int:
+        """Count a failed read of this page; how many there were."""
+        self._pinned[handle].failures += 1
+        return self._pinned[handle].failures
+
+    def publish(
+        self, namespace: bytes, keys: bytes, parents: bytes | None, folder: int, extents: list[int], slots: list[int],
+        generations: list[int], time_ns: int,
+    ) -> tuple[list[Page], bytes]:  # fmt: skip
+        """Own pages that were just written. Pages whose place they took, and the log's records of the new ones."""
+        split = split_keys(keys)
+        above = [NO_PARENT] * len(split) if parents is None else split_keys(parents)
+        pages = [
+            Page(namespace, key, parent, folder, extent, slot, generation, True, time_ns)
+            for key, parent, extent, slot, generation in zip(split, above, extents, slots, generations, strict=True)
+        ]
+        replaced = [old for page in pages if (old := self.insert(page)) is not None]
+        self.touch(namespace, split, used=False)
+        return replaced, encode_stored(pages)
+
+    # -- one page ------------------------------------------------------------------------------------------------
+
+    def get(self, namespace: bytes, key: bytes) -> Page | None:
+        entry = self._get(namespace, key)
+        return None if entry is None else entry.told()
+
+    def has(self, namespace: bytes, key: bytes) -> bool:
+        return self._get(namespace, key) is not None
+
+    def at(self, folder: int, extent: int, slot: int) -> Page | None:
+        entry = self._extents.get((folder, extent), {}).get(slot)
+        return None if entry is None else entry.told()
+
+    def insert(self, page: Page, oldest: bool = False) -> Page | None:
+        """Add a page; the page it took the place of, if it was resident before (elsewhere, or the same slot).
+
+        oldest: it goes first, since nobody has asked for it.
+        """
+        old = self._get(page.namespace, page.key)
         if old is not None:
-            self.remove(old)
+            self._remove(old)
         # A slot holds one page: whatever the index thought was there is gone.
-        stale = self.at(entry.folder, entry.extent, entry.slot)
+        stale = self._extents.get((page.folder, page.extent), {}).get(page.slot)
         if stale is not None:
-            self.remove(stale)
-        space = self.spaces.setdefault(entry.namespace, Space())
-        there = self._extents.setdefault((entry.folder, entry.extent), {})
-        there[entry.slot] = entry
+            self._remove(stale)
+        entry = Entry(*page[:9])
+        if entry.parent == entry.key:
+            entry.parent = NO_PARENT
+        space = self._space(page.namespace)
+        self._extents.setdefault((entry.folder, entry.extent), {})[entry.slot] = entry
         space.entries[entry.key] = entry
-        self._count_child(space, entry, 1)
-        if entry.own:
-            space.order[entry.key] = None
-        return old
+        self._enter(space, entry, oldest)
+        return None if old is None else old.told()
 
-    def remove(self, entry: Entry) -> bool:
-        """Forget a page; False when the index holds another entry, or none, in its place."""
-        space = self.spaces.get(entry.namespace)
-        if space is None or space.entries.get(entry.key) is not entry:
+    def remove(self, page: Page, evicted: bool = False) -> bool:
+        """Forget a page; False when the index holds another, or none, in its place. evicted: for want of room."""
+        entry = self._get(page.namespace, page.key)
+        if entry is None or entry.told()[3:7] != page[3:7]:
             return False
-        del space.entries[entry.key]
-        self._count_child(space, entry, -1)
-        space.order.pop(entry.key, None)
-        there = self._extents[entry.folder, entry.extent]
-        if there.get(entry.slot) is entry:
-            del there[entry.slot]
-        if not there:
-            del self._extents[entry.folder, entry.extent]
-        if not space.entries:
-            del self.spaces[entry.namespace]
+        self._remove(entry, evicted)
         return True
 
-    def link(self, entry: Entry, parent: bytes) -> None:
-        """A later call told the parent of a page that was stored without one."""
-        if entry.parent == NO_PARENT and parent != NO_PARENT:
-            space = self.spaces[entry.namespace]
-            entry.parent = parent
-            self._count_child(space, entry, 1)
+    def link(self, namespace: bytes, key: bytes, parent: bytes) -> None:
+        """A later call told the parent of a page; kept if the page was stored without one."""
+        entry = self._get(namespace, key)
+        if entry is None or entry.parent != NO_PARENT or parent in (NO_PARENT, key):
+            return
+        entry.parent = parent
+        space = self.spaces[namespace]
+        if entry.own:
+            space.order.link(key, parent)
+        else:
+            space.other_children[parent] = space.other_children.get(parent, 0) + 1
 
-    def touch(self, namespace: bytes, keys: Iterable[bytes]) -> None:
+    # -- eviction ------------------------------------------------------------------------------------------------
+
+    def touch(self, namespace: bytes, keys: Iterable[bytes], used: bool = True) -> None:
         """Mark these pages and their known ancestors as used: each chain from its end up, ancestors last."""
         space = self.spaces.get(namespace)
-        if space is None:
+        if space is None or not space.entries:
             return
         self._clock += 1
         space.touched = self._clock
@@ -121,92 +275,214 @@ class Index:
                 entry = space.entries.get(entry.parent)
             walks.append(walk)
         # A later walk ends below an earlier one, so its pages are descendants and must come first.
+        order = space.order
         for walk in reversed(walks):
             for key in walk:
-                if key in space.order:
-                    space.order.move_to_end(key)
+                page = order.pages.get(key)
+                if page is not None:
+                    order.touched(page, used)
+                    if key not in order.children:
+                        order.offer(key, page)
 
-    def victim(self, namespace: bytes, protected: frozenset[bytes] = frozenset()) -> Entry | None:
-        """The own page of this namespace that should go next: oldest without resident children, not in use.
+    def victim(self, namespace: bytes, protected: frozenset[bytes] = frozenset()) -> Page | None:
+        """The own page of this namespace that should go next: without resident children, not in use.
 
         protected: keys that may not go (the ancestors of the page that wants the room would leave it unusable).
 
-        When all that remain have children in other writers' folders, which we cannot evict, the oldest without
+        When all that remain have children in other writers' folders, which we cannot evict, one of those without
         children of our own: the others' suffix is lost, but room must come from somewhere.
         """
         space = self.spaces.get(namespace)
         if space is None:
             return None
-        fallback: Entry | None = None
-        for key in space.order:
-            entry = space.entries[key]
-            if entry.pins or space.own_children.get(key) or key in protected:
-                continue
-            if not space.other_children.get(key):
-                return entry
-            fallback = fallback or entry
-        return fallback
+        for last_resort in (False, True):
+            key = space.order.victim(_Kept(space, protected, last_resort))  # type: ignore[arg-type]
+            if key is not None:
+                return space.entries[key].told()
+        return None
+
+    def set_capacity(self, namespace: bytes, pages: int) -> None:
+        """How many own pages of this namespace there is room for, as far as is known."""
+        self._space(namespace).order.set_capacity(max(1, pages))
 
     def coldest(self, candidates: Iterable[bytes]) -> bytes | None:
         """The namespace among `candidates` whose pages were touched the longest ago."""
-        return min(candidates, key=lambda n: self.spaces[n].touched if n in self.spaces else 0, default=None)
+        return min(candidates, key=self.touched, default=None)
 
-    def in_extent(self, folder: int, extent: int) -> list[Entry]:
-        return list(self._extents.get((folder, extent), {}).values())
+    def touched(self, namespace: bytes) -> int:
+        space = self.spaces.get(namespace)
+        return 0 if space is None else space.touched
 
-    def ancestors(self, namespace: bytes, key: bytes) -> Iterator[bytes]:
+    def last_used(self, folder: int, extent: int) -> tuple[int, int]:
+        """The rank of an extent's own page that would go last; less than any when it has none."""
+        entries = self._extents.get((folder, extent), {}).values()
+        ranks = [self.spaces[entry.namespace].order.pages[entry.key].rank for entry in entries if entry.own]
+        return max(ranks, default=(-2, 0))
+
+    def ancestors(self, namespace: bytes, key: bytes) -> list[bytes]:
         """The known chain from `key` up to its root, `key` first."""
         space = self.spaces.get(namespace)
         entry = None if space is None else space.entries.get(key)
-        seen = set()
-        while space is not None and entry is not None and entry.key not in seen:
-            seen.add(entry.key)
-            yield entry.key
+        found: dict[bytes, None] = {}
+        while space is not None and entry is not None and entry.key not in found:
+            found[entry.key] = None
             entry = space.entries.get(entry.parent)
+        return list(found)
 
-    def at(self, folder: int, extent: int, slot: int) -> Entry | None:
-        return self._extents.get((folder, extent), {}).get(slot)
-
-    def in_folder(self, folder: int) -> Iterator[Entry]:
-        for (owner, _), entries in list(self._extents.items()):
-            if owner == folder:
-                yield from list(entries.values())
-
-    def descendants(self, roots: Iterable[Entry]) -> list[Entry]:
+    def descendants(self, roots: list[Page]) -> list[Page]:
         """Own pages below these pages of one namespace. Walks the namespace once: for rare, large removals only."""
-        level = list(roots)
-        if not level:
+        if not roots:
             return []
         below: dict[bytes, list[Entry]] = {}
-        for other in self.spaces[level[0].namespace].entries.values():
+        for other in self.spaces[roots[0].namespace].entries.values():
             if other.own and other.parent != NO_PARENT:
                 below.setdefault(other.parent, []).append(other)
-        found: dict[Entry, None] = {}
+        found: dict[bytes, Entry] = {}
+        level = {root.key for root in roots}
         while level:
-            level = [child for node in level for child in below.get(node.key, ()) if child not in found]
-            found.update(dict.fromkeys(level))
-        return list(found)[::-1]
+            children = [child for key in level for child in below.get(key, ()) if child.key not in found]
+            level = {child.key for child in children}
+            found.update((child.key, child) for child in children)
+        tops = {root.key for root in roots}
+        return [entry.told() for entry in reversed(found.values()) if entry.key not in tops]
+
+    # -- folders and extents -------------------------------------------------------------------------------------
+
+    def in_extent(self, folder: int, extent: int) -> list[Page]:
+        return [entry.told() for entry in self._extents.get((folder, extent), {}).values()]
+
+    def used_slots(self, folder: int, extent: int) -> list[int]:
+        return list(self._extents.get((folder, extent), {}))
+
+    def extents(self, folder: int) -> list[int]:
+        """Extents of a folder that hold pages."""
+        return [extent for owner, extent in self._extents if owner == folder]
+
+    def trim(self, folder: int, extent: int, namespace: bytes, slots: int) -> None:
+        """Forget the extent's pages that it cannot hold: of another namespace, or in slots that it does not have."""
+        for entry in list(self._extents.get((folder, extent), {}).values()):
+            if entry.slot >= slots or entry.namespace != namespace:
+                self._remove(entry)
+
+    def drop(self, folder: int, namespace: bytes | None = None) -> None:
+        """Forget a folder's pages, all or those of one namespace."""
+        for entry in self._in_folder(folder):
+            if namespace in (None, entry.namespace):
+                self._remove(entry)
+
+    def newest_generation(self, folder: int) -> int:
+        return max((entry.generation for entry in self._in_folder(folder)), default=0)
 
     def adopt(self, folder: int) -> None:
         """This process became the writer of `folder`: its pages are ours to evict, in the order in which they came."""
-        for space in self.spaces.values():
-            entries = [entry for entry in space.entries.values() if entry.folder == folder]
+        for namespace, space in self.spaces.items():
+            entries = [entry for entry in space.entries.values() if entry.folder == folder and not entry.own]
             for entry in entries:
-                self._count_child(space, entry, -1)
+                self._leave(space, entry, evicted=False)
                 entry.own = True
-                self._count_child(space, entry, 1)
-                space.order[entry.key] = None
+                self._enter(space, entry)
             # A log may name children before their parents: one pass of touches restores "ancestors last".
             if entries:
-                self.touch(entries[0].namespace, list(space.order))
+                self.touch(namespace, self._in_order(space), used=False)
+
+    # -- the log -------------------------------------------------------------------------------------------------
+
+    def own_records(self) -> bytes:
+        """Log records of the own pages, in the order in which a later start should read them: first to go first."""
+        return encode_stored(
+            space.entries[key].told() for space in self.spaces.values() for key in self._in_order(space)
+        )
+
+    def apply_log(self, folder: int, records: bytes, at_end: bool) -> tuple[int, int, list[int]]:
+        """Bring the index up to date with a piece of a folder's log.
+
+        at_end: the piece ends where the file does. Bytes taken (less than given when the last record may still be on
+        its way), records that were damaged, and the extents that are gone.
+        """
+        taken, damaged, gone = 0, 0, []
+        while taken + RECORD_BYTES <= len(records):
+            try:
+                record = Record.decode(records[taken : taken + RECORD_BYTES])
+            except FormatError:
+                if at_end and taken + 2 * RECORD_BYTES > len(records):
+                    break
+                damaged += 1
+            else:
+                self._apply(folder, record)
+                if record.kind == Kind.EXTENT_GONE:
+                    gone.append(record.extent)
+            taken += RECORD_BYTES
+        return taken, damaged, gone
+
+    def _apply(self, folder: int, record: Record) -> None:
+        known = self._get(record.namespace, record.key)
+        match record.kind:
+            case Kind.STORED:
+                # Two writers stored the same page: one copy is enough to know of.
+                if known is None or known.folder == folder:
+                    self.insert(
+                        Page(
+                            record.namespace, record.key, record.parent, folder, record.extent, record.slot,
+                            record.generation, False, record.time_ns,
+                        )
+                    )  # fmt: skip
+            case Kind.REMOVED:
+                if known is not None and (known.folder, known.extent, known.slot) == (
+                    folder, record.extent, record.slot,
+                ):  # fmt: skip
+                    self._remove(known)
+            case Kind.EXTENT_GONE:
+                for entry in list(self._extents.get((folder, record.extent), {}).values()):
+                    self._remove(entry)
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _space(self, namespace: bytes) -> Space:
+        space = self.spaces.get(namespace)
+        if space is None:
+            space = self.spaces[namespace] = Space(self._new_order(1))
+        return space
+
+    def _get(self, namespace: bytes, key: bytes) -> Entry | None:
+        space = self.spaces.get(namespace)
+        return None if space is None else space.entries.get(key)
+
+    def _in_folder(self, folder: int) -> list[Entry]:
+        return [entry for (owner, _), there in self._extents.items() if owner == folder for entry in there.values()]
 
     @staticmethod
-    def _count_child(space: Space, entry: Entry, change: int) -> None:
-        if entry.parent == NO_PARENT:
-            return
-        children = space.own_children if entry.own else space.other_children
-        count = children.get(entry.parent, 0) + change
-        if count:
-            children[entry.parent] = count
-        else:
-            children.pop(entry.parent, None)
+    def _in_order(space: Space) -> list[bytes]:
+        return sorted(space.order.pages, key=lambda key: space.order.pages[key].rank)
+
+    def _remove(self, entry: Entry, evicted: bool = False) -> None:
+        space = self.spaces[entry.namespace]
+        del space.entries[entry.key]
+        self._leave(space, entry, evicted)
+        there = self._extents[entry.folder, entry.extent]
+        del there[entry.slot]
+        if not there:
+            del self._extents[entry.folder, entry.extent]
+        if not space.entries:
+            space.touched = 0
+
+    @staticmethod
+    def _enter(space: Space, entry: Entry, oldest: bool = False) -> None:
+        if entry.own:
+            space.order.insert(entry.key, None if entry.parent == NO_PARENT else entry.parent)
+            if oldest:
+                space.oldest -= 1
+                page = space.order.pages[entry.key]
+                page.rank = (-1, space.oldest)
+                if entry.key not in space.order.children:
+                    space.order.offer(entry.key, page)
+        elif entry.parent != NO_PARENT:
+            space.other_children[entry.parent] = space.other_children.get(entry.parent, 0) + 1
+
+    @staticmethod
+    def _leave(space: Space, entry: Entry, evicted: bool) -> None:
+        if entry.own:
+            space.order.remove(entry.key, evicted)
+        elif entry.parent != NO_PARENT:
+            space.other_children[entry.parent] -= 1
+            if not space.other_children[entry.parent]:
+                del space.other_children[entry.parent]

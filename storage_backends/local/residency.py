@@ -18,16 +18,19 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from hicache_ext.page import NO_PARENT
 from storage_backends.local.checksum import chunk_crcs, crc32c
 from storage_backends.local.format import FormatError, UnknownVersion
+
+if TYPE_CHECKING:
+    from storage_backends.local.index import Page
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +91,18 @@ def encode(records: Sequence[Record]) -> bytes:
     return raw.tobytes()
 
 
+def encode_stored(pages: Iterable[Page]) -> bytes:
+    """The records of pages that were stored."""
+    return encode([Record(Kind.STORED, *p[4:7], p.time_ns, p.namespace, p.key, p.parent) for p in pages])
+
+
+class Block(NamedTuple):
+    """Records as they are in the file. at_end: the file had no more when the reading began."""
+
+    data: bytes
+    at_end: bool
+
+
 class LogWriter:
     """Appends records at positions of its own, so that a write cut short never shifts the ones after it."""
 
@@ -99,21 +114,20 @@ class LogWriter:
             os.pwrite(self._fd, _HEAD.pack(MAGIC, VERSION, RECORD_BYTES, os.urandom(16)), 0)
 
     @classmethod
-    def rewrite(cls, path: Path, records: Iterator[Record]) -> LogWriter:
-        """Replace the log by these records, all or nothing, and go on from there."""
+    def rewrite(cls, path: Path, records: bytes) -> LogWriter:
+        """Replace the log by these encoded records, all or nothing, and go on from there."""
         fresh = path.with_suffix(".new")
         with open(fresh, "wb") as file:
             file.write(_HEAD.pack(MAGIC, VERSION, RECORD_BYTES, os.urandom(16)))
-            for record in records:
-                file.write(record.encode())
+            file.write(records)
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)
         return cls(path)
 
-    def append(self, records: list[Record]) -> None:
-        """OSError when the device refuses; the next append writes over what is left of this one."""
-        data = encode(records)
+    def append(self, records: list[Record] | bytes) -> None:
+        """Records, or encoded ones. OSError when the device refuses; the next append writes over what is left."""
+        data = records if isinstance(records, bytes) else encode(records)
         written = 0
         while written < len(data):
             written += os.pwrite(self._fd, memoryview(data)[written:], self.position + written)
@@ -139,6 +153,22 @@ class LogReader:
 
     def read(self) -> Iterator[Record]:
         """Records since the last call. A missing log has none. Raises UnknownVersion."""
+        for block in self.blocks():
+            taken = 0
+            while taken < len(block.data):
+                try:
+                    record = Record.decode(block.data[taken : taken + RECORD_BYTES])
+                except FormatError:
+                    if block.at_end and taken + RECORD_BYTES == len(block.data):
+                        # The last record may still be on its way: look again next time.
+                        break
+                else:
+                    yield record
+                taken += RECORD_BYTES
+            self.took(taken)
+
+    def blocks(self) -> Iterator[Block]:
+        """What the log grew by since the last call, whole records; `took` says how much of each block is done with."""
         self.restarted = False
         try:
             status = os.stat(self._path)
@@ -162,19 +192,16 @@ class LogReader:
         while True:
             data = os.pread(self._fd, RECORD_BYTES * _READ_RECORDS, self._position)
             whole = len(data) // RECORD_BYTES * RECORD_BYTES
-            for at in range(0, whole, RECORD_BYTES):
-                try:
-                    record = Record.decode(data[at : at + RECORD_BYTES])
-                except FormatError:
-                    if self._position + at + 2 * RECORD_BYTES > status.st_size:
-                        # The last record may still be on its way: look again next time.
-                        self._position += at
-                        return
-                    continue
-                yield record
-            self._position += whole
-            if whole < RECORD_BYTES * _READ_RECORDS:
+            if not whole:
                 return
+            before = self._position
+            yield Block(data[:whole], self._position + whole + RECORD_BYTES > status.st_size)
+            if whole < RECORD_BYTES * _READ_RECORDS or self._position < before + whole:
+                return
+
+    def took(self, size: int) -> None:
+        """The reader is done with this much of the block that it was given last (bytes)."""
+        self._position += size
 
     def close(self) -> None:
         if self._fd is not None:

@@ -165,7 +165,7 @@ class SlotIo:
             whole[:, 1:, 0], whole[:, 1:, 1] = addresses, self.lengths
             iov = whole.reshape(-1, 2)
         return SlotGroup(
-            self, write, batch.namespace.digest, _rows(batch.keys, pages[:count]), extents[:count], numbers[:count],
+            self, write, batch.namespace.digest, rows(batch.keys, pages[:count]), extents[:count], numbers[:count],
             headers, iov, addresses, copies, cancelled, ended, batch.owner,
         )  # fmt: skip
 
@@ -177,7 +177,7 @@ class SlotIo:
         tokens = None if batch.tokens is None else batch.tokens[pages]
         self._template(batch, None if tokens is None else tokens.shape[1]).write(
             pool.rows, pool.numbers(group.headers), group.keys,
-            None if batch.parents is None else _rows(batch.parents, pages), np.array(generations, np.uint64),
+            None if batch.parents is None else rows(batch.parents, pages), np.array(generations, np.uint64),
             time_ns, tokens, None if batch.event_hashes is None else batch.event_hashes[pages],
         )  # fmt: skip
 
@@ -208,8 +208,8 @@ class SlotIo:
         return self._bounce
 
 
-def _rows(packed: bytes, pages: list[int]) -> bytes:
-    """These pages' 32 bytes out of a batch's."""
+def rows(packed: bytes, pages: list[int]) -> bytes:
+    """These pages' 32 bytes out of a batch's. pages: ascending, no page twice."""
     if len(pages) * KEY_BYTES == len(packed):
         return packed
     return b"".join(packed[page * KEY_BYTES : (page + 1) * KEY_BYTES] for page in pages)

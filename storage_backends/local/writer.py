@@ -11,15 +11,16 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from hicache_ext.page import Namespace
 from storage_backends.local.files import DirectIo, open_extent, preallocate, try_lock
 from storage_backends.local.folder import LOCK, Extent, extent_numbers, extent_path, open_existing
 from storage_backends.local.format import BLOCK, ExtentHeader, FormatError, SlotHeader, SlotShape, UnknownVersion
-from storage_backends.local.index import Entry, Index
-from storage_backends.local.residency import NAME, Kind, LogWriter, Record
+from storage_backends.local.index import Page
+from storage_backends.local.index_choice import AnyIndex
+from storage_backends.local.residency import NAME, Kind, LogWriter, Record, encode_stored
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,14 @@ _EXTENTS_PER_SHARE = 32
 _DISK_FULL_SECONDS = 10.0
 
 Place = tuple[Extent, int]
-RemovedListener = Callable[[Entry, str], None]
-"""(entry, reason): a page that this writer stopped holding."""
+RemovedListener = Callable[[Page, str], None]
+"""(page, reason): a page that this writer stopped holding."""
 
 
 class Writer:
     """Owner of one folder. Not thread-safe: the backend's lock is around every method but `scan`'s reads."""
 
-    def __init__(self, path: Path, lock_fd: int, direct: DirectIo, index: Index, removed: RemovedListener) -> None:
+    def __init__(self, path: Path, lock_fd: int, direct: DirectIo, index: AnyIndex, removed: RemovedListener) -> None:
         self.path = path
         self.number = int(path.name[1:])
         self._lock_fd = lock_fd
@@ -49,14 +50,17 @@ class Writer:
         self.disk_full_until = 0.0
         self._load_extents()
         self._generation = max(
-            [time.time_ns(), *(e.header.generation for e in self.extents.values())]
-            + [entry.generation for entry in index.in_folder(self.number)]
+            time.time_ns(),
+            index.newest_generation(self.number),
+            *(extent.header.generation for extent in self.extents.values()),
         )
+        for namespace in self.free:
+            self._tell_capacity(namespace)
         index.adopt(self.number)
-        self._log = LogWriter.rewrite(path / NAME, map(_stored, self._in_order()))
+        self._log = LogWriter.rewrite(path / NAME, index.own_records())
 
     @classmethod
-    def claim(cls, path: Path, direct: DirectIo, index: Index, removed: RemovedListener) -> Writer | None:
+    def claim(cls, path: Path, direct: DirectIo, index: AnyIndex, removed: RemovedListener) -> Writer | None:
         """Become the owner of a folder (made if missing), whose log the index has read; None when it has an owner."""
         path.mkdir(parents=True, exist_ok=True)
         lock_fd = try_lock(path / LOCK)
@@ -84,19 +88,20 @@ class Writer:
                 logger.warning("%s: %s; its pages count as misses", path, error)
                 continue
             self.extents[number] = extent
-        for entry in self._index.in_folder(self.number):
-            known = self.extents.get(entry.extent)
-            if known is None or entry.slot >= known.header.slots or entry.namespace != known.header.namespace:
-                self._index.remove(entry)
+        for number in self._index.extents(self.number):
+            known = self.extents.get(number)
+            self._index.trim(
+                self.number, number, known.header.namespace if known else bytes(16), known.header.slots if known else 0
+            )
         for extent in self.extents.values():
-            live = {entry.slot for entry in self._index.in_extent(self.number, extent.number)}
+            live = set(self._index.used_slots(self.number, extent.number))
             free = self.free.setdefault(extent.header.namespace, {})
             free.update(((extent.number, slot), None) for slot in range(extent.header.slots) if slot not in live)
 
-    def _in_order(self) -> Iterable[Entry]:
-        """Own entries, each namespace's oldest first: the order in which a later start will read them."""
-        for space in self._index.spaces.values():
-            yield from (space.entries[key] for key in space.order)
+    def _tell_capacity(self, namespace: bytes) -> None:
+        """Orders weigh uses against how many pages the namespace has room for."""
+        headers = [e.header for e in self.extents.values() if e.header.namespace == namespace]
+        self._index.set_capacity(namespace, sum(header.slots for header in headers))
 
     @property
     def disk_bytes(self) -> int:
@@ -171,13 +176,14 @@ class Writer:
             raise
         self.extents[number] = Extent(path, number, header, fd)
         self.free.setdefault(namespace.digest, {}).update(((number, slot), None) for slot in range(slots)[::-1])
+        self._tell_capacity(namespace.digest)
         return True
 
     def _evict_one(self, digest: bytes, protected: frozenset[bytes]) -> bool:
-        entry = self._index.victim(digest, protected)
-        if entry is None:
+        page = self._index.victim(digest, protected)
+        if page is None:
             return False
-        self.forget([entry], "evicted")
+        self.forget([page], "evicted")
         return True
 
     def _reclaim_from_larger(self, digest: bytes) -> bool:
@@ -200,16 +206,9 @@ class Writer:
         idle = {n: e for n, e in self.extents.items() if e.header.namespace == namespace and not e.pins}
         if not idle:
             return False
-        last_use = dict.fromkeys(idle, -1)
-        space = self._index.spaces.get(namespace)
-        if space is not None:
-            for place, key in enumerate(space.order):
-                number = space.entries[key].extent
-                if number in last_use:
-                    last_use[number] = place
-        number = min(last_use, key=last_use.__getitem__)
+        number = min(idle, key=lambda extent: self._index.last_used(self.number, extent))
         doomed = self._index.descendants(self._index.in_extent(self.number, number))
-        self.forget([entry for entry in doomed if not entry.pins], "evicted")
+        self.forget([page for page in doomed if not page.pins], "evicted")
         self.drop_extent(number, "evicted")
         return True
 
@@ -223,27 +222,29 @@ class Writer:
 
     # -- pages ---------------------------------------------------------------------------------------------------
 
-    def publish(self, entries: list[Entry]) -> list[Entry]:
-        """These slots hold their pages now: index and log. Entries whose place they took come back (others' copies)."""
-        replaced = []
-        for entry in entries:
-            old = self._index.insert(entry)
-            if old is not None:
-                replaced.append(old)
-                if old.own and (old.extent, old.slot) != (entry.extent, entry.slot):
-                    self._give_slot(old)
-        self._append([_stored(entry) for entry in entries])
-        return replaced
-
-    def forget(self, entries: list[Entry], reason: str) -> None:
-        """Remove own pages from index and log, and free their slots."""
-        gone = [entry for entry in entries if self._index.remove(entry)]
-        self._append(
-            [Record(Kind.REMOVED, e.extent, e.slot, e.generation, time.time_ns(), e.namespace, e.key) for e in gone]
+    def publish(
+        self, namespace: bytes, keys: bytes, parents: bytes | None, places: list[Place], generations: list[int],
+        time_ns: int,
+    ) -> None:  # fmt: skip
+        """These slots hold these pages now: index and log."""
+        extents, slots = [extent.number for extent, _ in places], [slot for _, slot in places]
+        replaced, records = self._index.publish(
+            namespace, keys, parents, self.number, extents, slots, generations, time_ns
         )
-        for entry in gone:
-            self._give_slot(entry)
-            self._removed(entry, reason)
+        for old in replaced:
+            if old.own:
+                self._give_slot(old)
+        self._append(records)
+
+    def forget(self, pages: list[Page], reason: str) -> None:
+        """Remove own pages from index and log, and free their slots. reason "evicted": for want of room."""
+        gone = [page for page in pages if self._index.remove(page, reason == "evicted")]
+        self._append(
+            [Record(Kind.REMOVED, p.extent, p.slot, p.generation, time.time_ns(), p.namespace, p.key) for p in gone]
+        )
+        for page in gone:
+            self._give_slot(page)
+            self._removed(page, reason)
 
     def give_back(self, extent: Extent, slot: int) -> None:
         """An allocated slot that was not used after all."""
@@ -253,27 +254,28 @@ class Writer:
     def drop_extent(self, number: int, reason: str) -> None:
         """Delete an extent's file and everything in it."""
         extent = self.extents.pop(number)
-        for entry in self._index.in_extent(self.number, number):
-            self._index.remove(entry)
-            self._removed(entry, reason)
+        for page in self._index.in_extent(self.number, number):
+            self._index.remove(page, reason == "evicted")
+            self._removed(page, reason)
         free = self.free.get(extent.header.namespace, {})
         for place in [place for place in free if place[0] == number]:
             del free[place]
         with contextlib.suppress(OSError):
             extent.path.unlink(missing_ok=True)
         extent.doom()
+        self._tell_capacity(extent.header.namespace)
         self._append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
 
     def drop_namespace(self, digest: bytes) -> None:
         for number in [n for n, extent in self.extents.items() if extent.header.namespace == digest]:
             self.drop_extent(number, "cleared")
 
-    def _give_slot(self, entry: Entry) -> None:
+    def _give_slot(self, page: Page) -> None:
         # A slot that a read still uses stays out of the free list until the read ends (backend.py gives it back).
-        if not entry.pins and entry.extent in self.extents:
-            self.free.setdefault(entry.namespace, {})[entry.extent, entry.slot] = None
+        if not page.pins and page.extent in self.extents:
+            self.free.setdefault(page.namespace, {})[page.extent, page.slot] = None
 
-    def _append(self, records: list[Record]) -> None:
+    def _append(self, records: list[Record] | bytes) -> None:
         try:
             if records:
                 self._log.append(records)
@@ -298,17 +300,16 @@ class Writer:
             or place not in free
             or header.namespace != extent.header.namespace
             or header.generation <= extent.header.generation
-            or self._index.get(header.namespace, header.key) is not None
+            or self._index.has(header.namespace, header.key)
         ):
             return False
         del free[place]
-        entry = Entry(
+        page = Page(
             header.namespace, header.key, header.parent, self.number, extent.number, slot,
             header.generation, own=True, time_ns=header.time_ns,
         )  # fmt: skip
-        self._index.insert(entry)
-        self._index.spaces[entry.namespace].order.move_to_end(entry.key, last=False)  # nobody asked for it since
-        self._append([_stored(entry)])
+        self._index.insert(page, oldest=True)  # nobody asked for it since
+        self._append(encode_stored([page]))
         self._generation = max(self._generation, header.generation)
         return True
 
@@ -319,9 +320,3 @@ class Writer:
             for extent in self.extents.values():
                 extent.doom()
             os.close(self._lock_fd)
-
-
-def _stored(entry: Entry) -> Record:
-    return Record(
-        Kind.STORED, entry.extent, entry.slot, entry.generation, entry.time_ns, entry.namespace, entry.key, entry.parent
-    )

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hicache_ext.bench import io_engine, io_fio, io_goals, io_nixl, io_stock, io_ticker, machine
+from hicache_ext.bench import index, io_engine, io_fio, io_goals, io_nixl, io_stock, io_ticker, machine
 from hicache_ext.bench.io_memory import Memory, VerifiedPass
 from hicache_ext.bench.io_rounds import Case, Samples, Setup, Timing, measure, row
 from hicache_ext.cli import bench, bench_io
@@ -195,6 +195,12 @@ def test_without_sglang_the_command_names_the_fix(monkeypatch: pytest.MonkeyPatc
     done = CliRunner().invoke(bench.app, ["io", "--quick"])
     assert done.exit_code == 2
     assert "hicache-ext[sglang]" in done.output
+
+
+def test_the_index_bench_measures_all_of_it(tmp_path: Path) -> None:
+    rows = index.run(tmp_path, 2000, 200, lambda what: None)
+    assert all(row["value"] > 0 for row in rows if row["what"] != "memory")
+    assert {"publish", "lookup, without parents", "scan without a log, 200 pages"} <= {row["what"] for row in rows}
 
 
 def test_a_block_size_is_checked_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,111 +1,248 @@
-"""The index: a state machine against the rule it must keep (no victim with resident children, suffix first)."""
+"""The index: native and Python side by side, against the rule that both must keep (suffix first)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from hicache_ext.page import NO_PARENT
-from storage_backends.local.index import Entry, Index
+from storage_backends.local.index import Index, Page
+from storage_backends.local.index_choice import open_index
+from storage_backends.local.policy import ORDERS
+from storage_backends.local.residency import RECORD_BYTES, Kind, Record
 
-SPACE = bytes(16)
+try:
+    from storage_backends.local.index_native import NativeIndex
+except ImportError:
+    NativeIndex = None  # type: ignore[assignment,misc]
+
+SPACE = b"s" * 16
+OTHER_SPACE = b"t" * 16
+OURS, THEIRS = 0, 1
+needs_native = pytest.mark.skipif(NativeIndex is None, reason="the native index is not built")
+both = pytest.mark.parametrize("make", [Index, pytest.param(NativeIndex, marks=needs_native)], ids=["python", "native"])
+Make = Callable[..., Any]
 
 
 def key(name: int) -> bytes:
     return name.to_bytes(32, "big")
 
 
-class IndexMachine(RuleBasedStateMachine):
-    """Pages form a tree: page n's parent is n // 2, so that chains branch; 1 is the root."""
+def packed(names: list[int]) -> bytes:
+    return b"".join(map(key, names))
 
-    pages = Bundle("pages")
+
+def above(name: int) -> int:
+    """Pages form a tree: page n's parent is n // 2, so that chains branch; 1 is the root."""
+    return name // 2
+
+
+def page(name: int, slot: int, own: bool = True, known: bool = True, space: bytes = SPACE) -> Page:
+    parent = key(above(name)) if known else NO_PARENT
+    return Page(space, key(name), parent, OURS if own else THEIRS, slot // 16, slot % 16, slot, own, slot)
+
+
+names = st.integers(1, 63)
+spaces = st.sampled_from([SPACE, SPACE, SPACE, OTHER_SPACE])
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """Every call on both; the same answers. With lru the same victims, else victims that keep the rule."""
+
+    order = "lru"
+    exact = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = Index()
+        self.model = Index(self.order)
+        self.native = NativeIndex(self.order)
         self.slot = 0
-        self.resident: dict[int, Entry] = {}
+        self.pins: list[tuple[int, int, int]] = []
+        self.resident: dict[tuple[bytes, int], Page] = {}
 
-    @rule(target=pages, name=st.integers(1, 63))
-    def a_page(self, name: int) -> int:
-        return name
+    def same(self, call: str, *arguments: object) -> Any:
+        one, two = (getattr(index, call)(*arguments) for index in (self.model, self.native))
+        assert np.array_equal(one, two) if isinstance(one, np.ndarray) else one == two, (call, one, two)
+        return one
 
-    @rule(name=pages, own=st.booleans(), known=st.booleans())
-    def store(self, name: int, own: bool, known: bool) -> None:
-        parent = key(name // 2) if known and name > 1 else NO_PARENT
+    @rule(name=names, own=st.booleans(), known=st.booleans(), space=spaces, oldest=st.booleans())
+    def store(self, name: int, own: bool, known: bool, space: bytes, oldest: bool) -> None:
         self.slot += 1
-        entry = Entry(SPACE, key(name), parent, 0 if own else 1, 0, self.slot, self.slot, own)
-        self.index.insert(entry)
-        self.resident[name] = entry
-        self.index.touch(SPACE, [key(name)])
+        new = page(name, self.slot, own, known, space)
+        self.same("insert", new, oldest and own)
+        self.resident[space, name] = new
 
-    @rule(name=pages)
-    def link(self, name: int) -> None:
-        if name in self.resident and name > 1:
-            self.index.link(self.resident[name], key(name // 2))
-            self.index.touch(SPACE, [key(name)])
+    @rule(start=names, length=st.integers(1, 5), known=st.booleans(), space=spaces)
+    def publish(self, start: int, length: int, known: bool, space: bytes) -> None:
+        chain = [start << i for i in range(length) if start << i < 64]
+        slots = [self.slot + 1 + i for i in range(len(chain))]
+        self.slot += len(chain)
+        parents = packed([above(name) for name in chain]) if known else None
+        places = [slot // 16 for slot in slots], [slot % 16 for slot in slots]
+        self.same("publish", space, packed(chain), parents, OURS, *places, slots, slots[0])
+        for name, slot in zip(chain, slots, strict=True):
+            self.resident[space, name] = page(name, slot, True, known, space)
 
-    @rule(names=st.lists(st.integers(1, 63), max_size=5))
-    def touch(self, names: list[int]) -> None:
-        self.index.touch(SPACE, [key(name) for name in names])
+    @rule(found=st.lists(names, max_size=8, unique=True), prefix=st.sampled_from(["absent", "partial", "full"]),
+          used=st.booleans(), space=spaces)  # fmt: skip
+    def lookup(self, found: list[int], prefix: str, used: bool, space: bytes) -> None:
+        parents = [above(name) if prefix == "full" or (prefix == "partial" and name % 3) else 0 for name in found]
+        given_parents = None if prefix == "absent" else packed(parents)
+        answer = self.same("lookup", space, packed(found), given_parents, used)
+        assert answer.tolist() == [(space, name) in self.resident for name in found]
 
-    @rule(name=pages)
-    def quarantine(self, name: int) -> None:
-        entry = self.resident.pop(name, None)
-        if entry is not None:
-            assert self.index.remove(entry)
-            assert not self.index.remove(entry)
+    @rule(touched=st.lists(names, max_size=5), space=spaces)
+    def touch(self, touched: list[int], space: bytes) -> None:
+        self.same("touch", space, list(map(key, touched)))
 
-    @rule(name=pages, pins=st.integers(0, 1))
-    def pin(self, name: int, pins: int) -> None:
-        if name in self.resident:
-            self.resident[name].pins = pins
+    @rule(name=names, space=spaces)
+    def link(self, name: int, space: bytes) -> None:
+        self.same("link", space, key(name), key(above(name)))
 
-    @rule(protected=st.frozensets(st.integers(1, 63), max_size=8))
-    def evict(self, protected: frozenset[int]) -> None:
-        victim = self.index.victim(SPACE, frozenset(map(key, protected)))
-        names = {entry.key: name for name, entry in self.resident.items()}
-        own = [n for n, e in self.resident.items() if e.own and not e.pins and n not in protected]
-        leaves = [n for n in own if not any(e.own and e.parent == key(n) for e in self.resident.values())]
+    @rule(name=names, space=spaces, evicted=st.booleans())
+    def remove(self, name: int, space: bytes, evicted: bool) -> None:
+        known = self.resident.pop((space, name), None)
+        if known is not None:
+            assert self.same("remove", known, evicted)
+            assert not self.same("remove", known, evicted)
+
+    @rule(pinned=st.lists(names, max_size=4, unique=True), space=spaces)
+    def pin(self, pinned: list[int], space: bytes) -> None:
+        one, two = (index.pin(space, packed(pinned), None) for index in (self.model, self.native))
+        assert (one.pages, one[2:]) == (two.pages, two[2:])
+        for at, first, second in zip(one.pages, one.handles, two.handles, strict=True):
+            self.pins.append((pinned[at], first, second))
+
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        if self.pins:
+            name, one, two = self.pins.pop(data.draw(st.integers(0, len(self.pins) - 1)))
+            assert self.model.pinned(one)[:9] == self.native.pinned(two)[:9]
+            assert self.model.pinned(one).key == key(name)
+            assert self.model.fail(one) == self.native.fail(two)
+            assert self.model.unpin([one]) == self.native.unpin([two])
+
+    @rule(protected=st.frozensets(names, max_size=8), space=spaces)
+    def evict(self, protected: frozenset[int], space: bytes) -> None:
+        kept = frozenset(map(key, protected))
+        victim = self.native.victim(space, kept)
+        if self.exact:
+            assert self.model.victim(space, kept) == victim
+        assert self.native.victim(space, frozenset(kept)) == victim or not self.exact, "asking changes nothing"
+        mine = {p.key: p for p in map(self.told, self.resident.values()) if p.namespace == space}
+        own = {k: p for k, p in mine.items() if p.own}
+        parents = {p.parent for p in own.values()}
+        leaves = {k for k, p in own.items() if not p.pins and k not in kept and k not in parents}
         if victim is None:
             assert not leaves
             return
-        name = names[victim.key]
-        assert name in leaves, "a victim is an own page, not in use, with no resident child of ours"
-        other_child = any(e.parent == victim.key for e in self.resident.values())
-        if other_child:
-            childless = [n for n in leaves if not any(e.parent == key(n) for e in self.resident.values())]
+        assert victim.key in leaves, "a victim is an own page, not in use, with no resident child of ours"
+        if any(p.parent == victim.key for p in mine.values()):
+            childless = leaves - {p.parent for p in mine.values()}
             assert not childless, "a page with others' children goes only when nothing else can"
-        self.index.remove(victim)
-        del self.resident[name]
+        assert self.same("remove", victim, True)
+        del self.resident[space, int.from_bytes(victim.key, "big")]
+
+    def told(self, known: Page) -> Page:
+        return self.same("get", known.namespace, known.key)
+
+    @rule(space=spaces, root=names)
+    def descend(self, space: bytes, root: int) -> None:
+        if (space, root) in self.resident:
+            roots = [self.resident[space, root]]
+            one, two = (index.descendants(roots) for index in (self.model, self.native))
+            assert sorted(one) == sorted(two)
+
+    @rule(space=spaces, name=names)
+    def climb(self, space: bytes, name: int) -> None:
+        self.same("ancestors", space, key(name))
+
+    @rule(which=st.sampled_from([OURS, THEIRS]), extent=st.integers(0, 8), slots=st.integers(0, 16))
+    def trim(self, which: int, extent: int, slots: int) -> None:
+        self.same("trim", which, extent, SPACE, slots)
+        assert sorted(self.model.used_slots(which, extent)) == self.native.used_slots(which, extent)
+        self.resync()
+
+    @rule(space=st.sampled_from([None, SPACE]))
+    def drop(self, space: bytes | None) -> None:
+        self.same("drop", THEIRS, space)
+        self.resync()
+
+    @rule(capacity=st.integers(1, 100), space=spaces)
+    def resize(self, capacity: int, space: bytes) -> None:
+        self.same("set_capacity", space, capacity)
+
+    @rule()
+    def adopt(self) -> None:
+        self.same("adopt", THEIRS)
+        self.resync()
+
+    @rule(entries=st.lists(st.tuples(names, st.sampled_from(list(Kind)), st.integers(0, 40)), max_size=8),
+          torn=st.integers(0, 9), at_end=st.booleans())  # fmt: skip
+    def log(self, entries: list[tuple[int, Kind, int]], torn: int, at_end: bool) -> None:
+        records = bytearray()
+        for name, kind, slot in entries:
+            self.slot += 1
+            extent, number = (1000 + slot // 16, slot % 16)
+            records += Record(kind, extent, number, self.slot, self.slot, SPACE, key(name), key(above(name))).encode()
+        if torn < len(entries):
+            records[torn * RECORD_BYTES + 50] ^= 1
+        self.same("apply_log", 2, bytes(records), at_end)
+        self.resync()
+
+    def resync(self) -> None:
+        """After a call that changes many pages: the model's word for it."""
+        self.resident = {
+            (space, int.from_bytes(k, "big")): entry.told()
+            for space, there in self.model.spaces.items()
+            for k, entry in there.entries.items()
+        }
 
     @invariant()
     def same_pages(self) -> None:
-        assert len(self.index) == len(self.resident)
-        for name, entry in self.resident.items():
-            assert self.index.get(SPACE, key(name)) is entry
-            assert self.index.at(entry.folder, entry.extent, entry.slot) is entry
+        assert self.same("__len__") == len(self.resident)
+        for (space, _), known in self.resident.items():
+            told = self.same("get", space, known.key)
+            assert told is not None
+            assert self.same("at", told.folder, told.extent, told.slot) == told
+        for space in (SPACE, OTHER_SPACE):
+            self.same("touched", space)
+        for folder in (OURS, THEIRS, 2):
+            self.same("newest_generation", folder)
+            assert sorted(self.model.extents(folder)) == self.native.extents(folder)
+        if self.exact:
+            order = [Record.decode(raw).key for raw in records_of(self.native)]
+            assert order == [Record.decode(raw).key for raw in records_of(self.model)] or self.mixed()
 
-    @invariant()
-    def ancestors_are_more_recent(self) -> None:
-        space = self.index.spaces.get(SPACE)
-        if space is None:
-            return
-        place = {k: i for i, k in enumerate(space.order)}
-        for entry in self.resident.values():
-            if entry.own and entry.parent in place:
-                assert place[entry.parent] > place[entry.key]
+    def mixed(self) -> bool:
+        """Namespaces may come in another order."""
+        return sorted(records_of(self.native)) == sorted(records_of(self.model))
 
 
-TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+def records_of(index: Any) -> list[bytes]:
+    raw = index.own_records()
+    return [raw[at : at + RECORD_BYTES] for at in range(0, len(raw), RECORD_BYTES)]
 
 
-def test_a_chain_shrinks_from_its_end() -> None:
-    index = Index()
+@needs_native
+@pytest.mark.parametrize("order", ["lru", "credit", "s3fifo"])
+def test_native_and_python_agree(order: str) -> None:
+    machine = type("Machine", (IndexMachine,), {"order": order, "exact": order == "lru"})
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=60, deadline=None))
+
+
+@both
+@pytest.mark.parametrize("order", ORDERS.keys() - {"fifo"})
+def test_a_chain_shrinks_from_its_end(make: Make, order: str) -> None:
+    index = make(order)
     for i in range(1, 11):
-        index.insert(Entry(SPACE, key(i), key(i - 1) if i > 1 else NO_PARENT, 0, 0, i, i, True))
+        index.insert(Page(SPACE, key(i), key(i - 1) if i > 1 else NO_PARENT, 0, 0, i, i, True))
         index.touch(SPACE, [key(i)])
     gone = []
     while (victim := index.victim(SPACE)) is not None:
@@ -114,13 +251,14 @@ def test_a_chain_shrinks_from_its_end() -> None:
     assert gone == list(range(10, 0, -1))
 
 
-def test_using_a_tail_keeps_its_head() -> None:
+@both
+def test_using_a_tail_keeps_its_head(make: Make) -> None:
     """The engine asks the disk only for what its memory lacks: the head must not die of being in memory."""
-    index = Index()
+    index = make("lru")
     for prefix in (100, 200):
         for i in range(5):
             parent = key(prefix + i - 1) if i else NO_PARENT
-            index.insert(Entry(SPACE, key(prefix + i), parent, 0, 0, prefix + i, 1, True))
+            index.insert(Page(SPACE, key(prefix + i), parent, 0, 0, prefix + i, 1, True))
             index.touch(SPACE, [key(prefix + i)])
     index.touch(SPACE, [key(104)])  # only the tail of the first chain is asked for
     gone = []
@@ -132,11 +270,82 @@ def test_using_a_tail_keeps_its_head() -> None:
     assert gone == [204, 203, 202, 201, 200]
 
 
-def test_adoption_restores_ancestors_last() -> None:
-    index = Index()
+@both
+def test_adoption_restores_ancestors_last(make: Make) -> None:
+    index = make("lru")
     for i in (3, 1, 2):  # a log may name a child before its parent
-        index.insert(Entry(SPACE, key(i), key(i - 1) if i > 1 else NO_PARENT, 7, 0, i, i, False))
+        index.insert(Page(SPACE, key(i), key(i - 1) if i > 1 else NO_PARENT, 7, 0, i, i, False))
     assert index.victim(SPACE) is None
     index.adopt(7)
-    order = list(index.spaces[SPACE].order)
-    assert order == [key(3), key(2), key(1)]
+    assert [Record.decode(raw).key for raw in records_of(index)] == [key(3), key(2), key(1)]
+
+
+@both
+def test_failed_reads_are_remembered_between_reads(make: Make) -> None:
+    index = make("lru")
+    index.insert(page(1, 1))
+    for times in (1, 2):
+        handles = index.pin(SPACE, key(1), None).handles
+        assert index.fail(handles[0]) == times
+        assert index.unpin(handles) == [False]
+
+
+@both
+def test_a_page_removed_while_it_is_read_frees_its_slot_after_the_last_reader(make: Make) -> None:
+    index = make("lru")
+    index.insert(page(1, 1))
+    one, two = (index.pin(SPACE, key(1), None).handles for _ in range(2))
+    assert index.victim(SPACE) is None
+    index.remove(index.get(SPACE, key(1)))
+    index.insert(page(1, 2))
+    assert index.pinned(two[0]).slot == 1
+    assert [index.unpin(one), index.unpin(two)] == [[False], [True]]
+    assert index.get(SPACE, key(1)).slot == 2
+
+
+@both
+def test_credit_keeps_what_was_used_often(make: Make) -> None:
+    index = make("credit")
+    index.set_capacity(SPACE, 8)
+    for name in range(1, 5):
+        index.insert(page(name, name, known=False))
+    for _ in range(3):
+        index.lookup(SPACE, key(1), None, True)
+    for name in range(5, 7):
+        index.insert(page(name, name, known=False))
+    gone = []
+    while (victim := index.victim(SPACE)) is not None:
+        gone.append(int.from_bytes(victim.key, "big"))
+        index.remove(victim, True)
+    assert gone[-1] == 1
+
+
+@both
+def test_s3fifo_lets_a_scan_pass(make: Make) -> None:
+    index = make("s3fifo")
+    index.set_capacity(SPACE, 20)
+    index.insert(page(1, 1, known=False))
+    for _ in range(2):
+        index.lookup(SPACE, key(1), None, True)
+    for name in range(2, 60):
+        index.insert(page(name, name, known=False))
+        if name > 20:
+            index.remove(index.victim(SPACE), True)
+    assert index.has(SPACE, key(1))
+
+
+@needs_native
+def test_at_most_120_bytes_a_page() -> None:
+    index = NativeIndex("credit")
+    chains, length = 400, 250
+    index.set_capacity(SPACE, chains * length)
+    for chain in range(chains):
+        pages = [chain * length + i + 1 for i in range(length)]
+        parents = packed([0, *pages[:-1]])
+        index.publish(SPACE, packed(pages), parents, 0, [chain] * length, list(range(length)), pages, 0)
+    assert index.memory() / len(index) <= 120
+
+
+def test_the_python_index_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HICACHE_EXT_INDEX", "python")
+    assert open_index("lru").name == "python"

@@ -618,7 +618,7 @@ def test_a_log_without_records_is_news(filled: Path) -> None:
     folder, index = Folder(filled / "w0", probe_direct(filled)), Index()
     folder.poll(index)
     assert len(index) == 29
-    LogWriter.rewrite(filled / "w0" / "residency.log", iter([])).close()
+    LogWriter.rewrite(filled / "w0" / "residency.log", b"").close()
     folder.poll(index)
     assert len(index) == 0
     folder.close()

@@ -73,6 +73,10 @@ class Order(ABC):
     def __contains__(self, key: Key) -> bool:
         return key in self.pages
 
+    def set_capacity(self, capacity: int) -> None:
+        """The tier has room for more or fewer pages from now on."""
+        self.capacity = capacity
+
     def insert(self, key: Key, parent: Key | None) -> None:
         """A page came in. parent None: unknown, a root until `link` says more."""
         page = self.pages[key] = Page(parent)
@@ -251,6 +255,9 @@ class Credit(Ranked):
         super().__init__(capacity)
         self.written = 0
         self.ghosts = Ghosts(capacity)
+
+    def set_capacity(self, capacity: int) -> None:
+        self.capacity = self.ghosts.capacity = capacity
 
     def inserted(self, key: Key, page: Page) -> None:
         self.written += 1

@@ -31,6 +31,11 @@ class S3Fifo(Order):
         self._leaves = [LeafQueue(self, SMALL), LeafQueue(self, MAIN)]
         self.ghosts = Ghosts(max(1, capacity - self._share))
 
+    def set_capacity(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._share = max(1, capacity // 10)
+        self.ghosts.capacity = max(1, capacity - self._share)
+
     def inserted(self, key: Key, page: Page) -> None:
         page.queue = MAIN if self.ghosts.take(key) else SMALL
         page.rank = (0, self.next_number())

@@ -1,0 +1,171 @@
+// The index of the local tier, as storage_backends/local/index.py describes it: same calls, same answers.
+//
+// Belongs here: pages by key and by place, chains, reads under way. Does not belong here: Python (module.cpp), which
+// leaf goes next (order.hpp), what log records look like (log.cpp). Not thread-safe: the backend holds one lock.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "index/node.hpp"
+#include "index/order.hpp"
+#include "index/table.hpp"
+
+namespace hicache::index {
+
+using Digest = std::array<std::uint8_t, SPACE_BYTES>;
+using Numbers = std::vector<std::uint32_t>;
+
+/// One page as it is told to others.
+struct Page {
+    Digest space;
+    Key key;
+    Key parent;
+    std::uint32_t folder;
+    std::uint32_t extent;
+    std::uint32_t slot;
+    std::uint64_t generation;
+    std::uint64_t time_ns;
+    bool own;
+    std::uint32_t pins;
+};
+
+/// Reads under way of one page. The record outlives the page when it is removed meanwhile.
+struct Pin {
+    std::uint32_t node;  // NONE: the page is gone
+    std::uint32_t count;
+    std::uint32_t failures;
+    Page page;
+};
+
+class Index {
+public:
+    /// More slots than any extent has; a record that names another is not one of ours.
+    static constexpr std::uint32_t MOST_SLOTS = 1u << 22;
+
+    explicit Index(Policy policy) : policy_(policy), table_(nodes_) {}
+    Index(const Index&) = delete;
+    Index& operator=(const Index&) = delete;
+
+    std::size_t size() const { return resident_; }
+    std::size_t bytes() const;
+
+    /// The page of this key; NONE when it is not resident.
+    std::uint32_t find(const Digest& space, const Key& key) const;
+    std::uint32_t at(std::uint32_t folder, std::uint32_t extent, std::uint32_t slot) const;
+    Page page(std::uint32_t n) const;
+
+    /// Nodes of packed keys, NONE for absent ones. With `parents`, pages that have none learn theirs.
+    void lookup(const Digest& space, std::span<const std::uint8_t> keys, const std::uint8_t* parents, Numbers& found);
+    /// Mark these pages (NONE is passed over) and their known ancestors as used.
+    void touch(const Digest& space, std::span<const std::uint32_t> nodes, bool used);
+    void link(std::uint32_t n, const Key& parent);
+
+    /// A page of this key is about to be asked for.
+    void prefetch(const Digest& space, const Key& key) const {
+        const std::uint32_t number = known_space(space);
+        if (number != NONE) table_.prefetch(Table::hash(number, key));
+    }
+
+    /// The node; `old`: the page that it took the place of, if it was resident.
+    std::uint32_t insert(const Page& page, bool oldest, Page* old, bool* replaced);
+    void remove(std::uint32_t n, bool evicted);
+
+    std::uint32_t pin(std::uint32_t n);
+    Pin& pinned(std::uint32_t handle) { return pins_.at(handle); }
+    /// Whether the page went while it was in use and nobody uses it any more: its slot, if ours, is free now.
+    bool unpin(std::uint32_t handle);
+    /// Count a failed read of this page, which is remembered as long as the page is resident; how many there were.
+    std::uint32_t fail(std::uint32_t handle);
+
+    void protect(const Digest& space, std::span<const std::uint8_t> keys);
+    std::uint32_t victim(const Digest& space);
+    void set_capacity(const Digest& space, std::uint64_t pages) { spaces_[space_number(space)]->order.set_capacity(pages); }
+    /// When pages of the namespace were touched last; 0: never, or it holds none.
+    std::uint64_t touched(const Digest& space) const;
+
+    Numbers ancestors(const Digest& space, const Key& key);
+    /// Own pages below these, deepest first.
+    Numbers descendants(const Numbers& roots);
+    Numbers in_extent(std::uint32_t folder, std::uint32_t extent) const;
+    Numbers in_folder(std::uint32_t folder) const;
+    Numbers extents(std::uint32_t folder) const;
+    /// The highest rank of an extent's own pages, with its tie; the lowest number there is when it has none.
+    std::pair<std::int64_t, std::uint32_t> last_used(std::uint32_t folder, std::uint32_t extent) const;
+    /// Own pages, namespace by namespace, those that go first first.
+    Numbers own_in_order() const;
+    void adopt(std::uint32_t folder);
+
+private:
+    struct Space {
+        Space(const Digest& name, Policy policy, Nodes& nodes) : digest(name), order(policy, nodes) {}
+        Digest digest;
+        Order order;
+        std::uint64_t touched = 0;
+        std::size_t pages = 0;
+    };
+    struct Place {
+        std::uint32_t folder;
+        std::uint32_t extent;
+        std::uint32_t pages = 0;
+        Numbers slots;
+    };
+    struct DigestHash {
+        std::size_t operator()(const Digest& digest) const {
+            std::size_t h;
+            std::memcpy(&h, digest.data(), sizeof(h));
+            return h;
+        }
+    };
+
+    std::uint32_t space_number(const Digest& digest);
+    std::uint32_t known_space(const Digest& digest) const;
+    std::uint32_t known_place(std::uint32_t folder, std::uint32_t extent) const;
+    std::uint32_t place_number(std::uint32_t folder, std::uint32_t extent);
+    std::uint32_t find_or_make(std::uint32_t space, const Key& key);
+    void set_parent(std::uint32_t n, const Key& parent);
+    void add_child(std::uint32_t parent, bool own);
+    void drop_child(std::uint32_t parent, bool own);
+    void drop_if_unnamed(std::uint32_t n);
+    std::uint64_t hash(const Node& node) const { return Table::hash(node.space, node.key); }
+    Order& order(const Node& node) { return spaces_[node.space]->order; }
+
+    Policy policy_;
+    Nodes nodes_;
+    Table table_;
+    std::size_t resident_ = 0;
+    std::uint64_t clock_ = 0;
+    std::vector<std::unique_ptr<Space>> spaces_;
+    std::unordered_map<Digest, std::uint32_t, DigestHash> space_numbers_;
+    std::vector<Place> places_;
+    Numbers free_places_;
+    std::map<std::pair<std::uint32_t, std::uint32_t>, std::uint32_t> place_numbers_;
+    std::unordered_map<std::uint32_t, Pin> pins_;
+    std::uint32_t next_pin_ = 0;
+    // What was asked for last, which is what is asked for next: batches have one namespace, logs go extent by extent.
+    mutable std::uint32_t last_space_ = NONE;
+    mutable std::uint32_t last_place_ = NONE;
+    Numbers protected_;
+    Numbers walk_;
+    std::vector<std::uint64_t> hashes_;
+};
+
+/// What became of a piece of a residency log.
+struct Applied {
+    std::size_t bytes = 0;  // taken; less than given when the last record may still be on its way
+    std::size_t damaged = 0;
+    Numbers extents_gone;
+};
+
+/// Bring the index up to date with log records of a folder. at_end: the piece ends where the file does.
+Applied apply_log(Index& index, std::uint32_t folder, std::span<const std::uint8_t> records, bool at_end);
+
+/// One STORED record: 128 bytes to `out`.
+void write_record(const Page& page, std::uint8_t* out);
+
+}  // namespace hicache::index

@@ -1,0 +1,168 @@
+#include "index/order.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+namespace hicache::index {
+
+namespace {
+
+/// log2 of the uses in 1/256, rounded half to even as the model rounds: both must agree to the last bit.
+const std::array<std::uint64_t, 256> LOG2_X256 = [] {
+    std::array<std::uint64_t, 256> table{};
+    for (int uses = 1; uses < 256; ++uses) table[uses] = static_cast<std::uint64_t>(std::nearbyint(256 * std::log2(uses)));
+    return table;
+}();
+
+}  // namespace
+
+void Leaves::push(std::uint32_t n) {
+    const Node& node = nodes_[n];
+    if (heap_.size() == heap_.capacity()) heap_.reserve(heap_.size() + heap_.size() / 4 + 64);
+    heap_.push_back({node.rank, node.tie, n});
+    nodes_[n].leaf = static_cast<std::uint32_t>(heap_.size() - 1);
+    up(heap_.size() - 1);
+}
+
+void Leaves::remove(std::uint32_t n) {
+    const std::size_t at = nodes_[n].leaf;
+    if (at == NONE) return;
+    nodes_[n].leaf = NONE;
+    const Entry last = heap_.back();
+    heap_.pop_back();
+    if (last.node == n) return;
+    set(at, last);
+    up(at);
+    down(nodes_[last.node].leaf);
+}
+
+void Leaves::up(std::size_t at) {
+    const Entry entry = heap_[at];
+    while (at != 0 && entry.before(heap_[(at - 1) / 2])) {
+        set(at, heap_[(at - 1) / 2]);
+        at = (at - 1) / 2;
+    }
+    set(at, entry);
+}
+
+void Leaves::down(std::size_t at) {
+    const Entry entry = heap_[at];
+    for (;;) {
+        std::size_t child = 2 * at + 1;
+        if (child >= heap_.size()) break;
+        if (child + 1 < heap_.size() && heap_[child + 1].before(heap_[child])) ++child;
+        if (!heap_[child].before(entry)) break;
+        set(at, heap_[child]);
+        at = child;
+    }
+    set(at, entry);
+}
+
+void Ghosts::resize(std::uint64_t capacity) {
+    const std::size_t lines = std::max<std::uint64_t>(1, (capacity + WAYS - 1) / WAYS);
+    // Growing a little keeps what is known; a real change of size begins anew, since lines follow the size.
+    if (!lines_.empty() && lines <= lines_.size() + lines_.size() / 4 && lines * 2 >= lines_.size()) return;
+    lines_.assign(lines, Line{});
+    lines_.shrink_to_fit();
+}
+
+void Ghosts::add(std::uint64_t hash, std::uint8_t value) {
+    take(hash);
+    Line& found = line(hash);
+    std::memmove(found.ghosts + 1, found.ghosts, sizeof(found.ghosts) - sizeof(found.ghosts[0]));
+    found.ghosts[0] = static_cast<std::uint32_t>(hash) << 8 | value;
+}
+
+std::uint8_t Ghosts::take(std::uint64_t hash) {
+    Line& found = line(hash);
+    for (std::size_t way = 0; way < WAYS; ++way) {
+        const std::uint32_t ghost = found.ghosts[way];
+        if (ghost == 0 || ghost >> 8 != (static_cast<std::uint32_t>(hash) << 8) >> 8) continue;
+        std::memmove(found.ghosts + way, found.ghosts + way + 1, (WAYS - 1 - way) * sizeof(ghost));
+        found.ghosts[WAYS - 1] = 0;
+        return static_cast<std::uint8_t>(ghost);
+    }
+    return 0;
+}
+
+void Order::set_capacity(std::uint64_t pages) {
+    capacity_ = std::max<std::uint64_t>(1, pages);
+    if (policy_ == Policy::S3Fifo) ghosts_.resize(capacity_ - std::max<std::uint64_t>(1, capacity_ / 10));
+    if (policy_ == Policy::Credit) ghosts_.resize(capacity_);
+}
+
+void Order::rank(Node& node) {
+    const std::uint64_t number = next_number();
+    if (policy_ == Policy::Credit) {
+        node.rank = static_cast<std::int64_t>(written_ + capacity_ * LOG2_X256[node.uses] / 512);
+        node.tie = static_cast<std::uint32_t>(number);
+    } else {
+        node.rank = static_cast<std::int64_t>(number);
+    }
+}
+
+void Order::inserted(std::uint32_t n, std::uint64_t hash, bool oldest) {
+    Node& node = nodes_[n];
+    ++written_;
+    node.uses = 1;
+    node.visits = 0;
+    node.flags &= ~MAIN;
+    if (policy_ == Policy::Credit) node.uses = static_cast<std::uint8_t>(std::min(255, 1 + ghosts_.take(hash)));
+    if (policy_ == Policy::S3Fifo && ghosts_.take(hash)) node.flags |= MAIN;
+    ++sizes_[node.has(MAIN)];
+    rank(node);
+    if (oldest) node.rank = --oldest_;
+}
+
+void Order::touched(Node& node, bool used) {
+    if (policy_ == Policy::S3Fifo) {
+        if (used && node.visits < 3) ++node.visits;
+        return;
+    }
+    if (used && node.uses < 255) ++node.uses;
+    rank(node);
+}
+
+void Order::removed(std::uint32_t n, std::uint64_t hash, bool evicted) {
+    const Node& node = nodes_[n];
+    queue(nodes_[n]).remove(n);
+    --sizes_[node.has(MAIN)];
+    if (evicted && policy_ == Policy::Credit) ghosts_.add(hash, node.uses);
+    if (evicted && policy_ == Policy::S3Fifo && !node.has(MAIN)) ghosts_.add(hash, 1);
+}
+
+std::uint32_t Order::victim(bool last_resort) {
+    if (policy_ == Policy::S3Fifo) return s3fifo_victim(last_resort);
+    return queues_[0].first([=](const Node& node) {
+        return node.pin == NONE && !node.has(PROTECTED) && (last_resort || node.other_children == 0);
+    });
+}
+
+std::uint32_t Order::s3fifo_victim(bool last_resort) {
+    const auto may_go = [=](const Node& node) {
+        return node.pin == NONE && !node.has(PROTECTED) && (last_resort || node.other_children == 0);
+    };
+    const std::uint64_t share = std::max<std::uint64_t>(1, capacity_ / 10);
+    for (;;) {
+        const std::uint32_t small = queues_[0].first(may_go), main = queues_[1].first(may_go);
+        const std::uint32_t n = main == NONE || (small != NONE && sizes_[0] >= share) ? small : main;
+        if (n == NONE) return NONE;
+        Node& node = nodes_[n];
+        if (!node.has(MAIN) && node.visits > 1)
+            node.visits = 0;
+        else if (node.has(MAIN) && node.visits != 0)
+            --node.visits;
+        else
+            return n;
+        queue(node).remove(n);
+        --sizes_[node.has(MAIN)];
+        ++sizes_[1];
+        node.flags |= MAIN;
+        rank(node);
+        queue(node).push(n);
+    }
+}
+
+}  // namespace hicache::index
