@@ -51,10 +51,6 @@ class PageLayout:
         """Bytes of one page, all buffers together."""
         return sum(self.buffer_lengths)
 
-    def is_aligned(self, alignment: int) -> bool:
-        """Whether every buffer length is a multiple of `alignment` bytes (addresses are the pool's affair)."""
-        return all(length % alignment == 0 for length in self.buffer_lengths)
-
 
 @dataclass(frozen=True)
 class Shard:

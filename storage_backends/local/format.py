@@ -242,10 +242,6 @@ class SlotHeader:
             event_hash, parent_event_hash, texts[1], texts[2],
         )  # fmt: skip
 
-    @property
-    def parent_or_none(self) -> bytes | None:
-        return None if self.parent == NO_PARENT else self.parent
-
 
 class SlotHeaders:
     """Headers of many pages of one namespace at once, byte for byte what `SlotHeader.encode_into` writes, except that

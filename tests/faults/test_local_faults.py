@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 
 from hicache_ext.store.tiered import Tier, TieredStore
-from storage_backends.base import Dispatcher, Outcome
+from storage_backends.base import Outcome
 from storage_backends.local import LocalBackend
 from storage_backends.local.format import BLOCK, ExtentHeader, SlotShape
 from tests.pages import HostPool, chain, content, key_batch, namespace
+from tests.tiers import Open, local_tiers
 
 MIB = 1 << 20
 SPACE = namespace((16384, 16384))
 SHAPE = SlotShape.of_namespace(SPACE)
-Open = Callable[..., LocalBackend]
 
 
 @pytest.fixture(params=["threads", "native"])
@@ -34,18 +34,8 @@ def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     """Without injected faults the native engine seals and judges slots itself; with them Python does, over it."""
     if request.param == "native":
         pytest.importorskip("hicache_ext._io", reason="not built")
-    dispatcher = Dispatcher()
-    opened: list[LocalBackend] = []
-
-    def open_one(path: Path = tmp_path / "tier", capacity: int = 64 * MIB, **options: Any) -> LocalBackend:
-        values = {"path": path, "capacity": capacity, "engine": request.param, **options}
-        opened.append(LocalBackend(LocalBackend.Options.model_validate(values), dispatcher))
-        return opened[-1]
-
-    yield open_one
-    for backend in opened:
-        backend.close()
-    dispatcher.close()
+    with local_tiers(tmp_path / "tier", request.param) as open_one:
+        yield open_one
 
 
 @pytest.fixture

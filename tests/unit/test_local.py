@@ -5,36 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from storage_backends.base import Dispatcher, OptionError, Outcome
+from storage_backends.base import OptionError, Outcome
 from storage_backends.local import LocalBackend
 from storage_backends.local import engine as engine_module
 from tests.pages import HostPool, chain, key_batch, namespace
+from tests.tiers import Open, local_tiers
 
 MIB = 1 << 20
 LENGTHS = (131072, 131072)
-Open = Callable[..., LocalBackend]
 
 
 @pytest.fixture
 def tier(tmp_path: Path) -> Iterator[Open]:
-    dispatcher = Dispatcher()
-    opened: list[LocalBackend] = []
-
-    def open_one(capacity: int = 64 * MIB, **options: Any) -> LocalBackend:
-        values = {"path": tmp_path / "tier", "capacity": capacity, "engine": "threads", **options}
-        opened.append(LocalBackend(LocalBackend.Options.model_validate(values), dispatcher))
-        return opened[-1]
-
-    yield open_one
-    for backend in opened:
-        backend.close()
-    dispatcher.close()
+    with local_tiers(tmp_path / "tier", "threads") as open_one:
+        yield open_one
 
 
 def store(backend: LocalBackend, space: Any, keys: list[bytes], parent: bytes | None = None) -> list[Outcome]:
