@@ -15,8 +15,8 @@ from pydantic import ByteSize
 
 from hicache_ext.doctor import disk
 from hicache_ext.doctor.finding import Finding, error, ok, warning
+from storage_backends.local.extents import extent_numbers
 from storage_backends.local.files import DirectIo, probe_direct
-from storage_backends.local.folder import extent_numbers
 from storage_backends.local.survey import NamespaceSummary, NotATier, Problem, Trouble, summarise, survey
 
 _MUCH_OVERHEAD = 0.10

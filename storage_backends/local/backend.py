@@ -39,8 +39,8 @@ from storage_backends.buffers import OwnedMemory
 from storage_backends.local import checksum
 from storage_backends.local.directory import Directory
 from storage_backends.local.engine import IoEngine, open_engine
+from storage_backends.local.extents import Extent, ExtentFiles
 from storage_backends.local.files import probe_direct
-from storage_backends.local.folder import Extent
 from storage_backends.local.format import BLOCK, FormatError, SlotShape
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import open_index
@@ -139,7 +139,7 @@ class LocalBackend(Backend):
         options.path.mkdir(parents=True, exist_ok=True)
         self._direct = probe_direct(options.path)
         try:
-            self._directory = Directory(options.path, options.capacity, self._direct, self._index)
+            self._directory = Directory(options.path, options.capacity, ExtentFiles(self._direct), self._index)
         except FormatError as error:  # a folder of a version that we do not know
             raise OptionError(
                 "path", str(options.path), f"holds another format: {error}",
@@ -269,7 +269,7 @@ class LocalBackend(Backend):
         """Overwrite a slot's header, so that no later scan takes the page in again. The caller has it pinned."""
         try:
             if not extent.doomed:
-                os.pwrite(extent.fd, self._zeroes.view, extent.header.slot_offset(slot))
+                os.pwrite(extent.fd, self._zeroes.view, extent.offset(slot))
         except OSError as error:
             self._say("erase", "a quarantined slot could not be erased: %s", error)
 

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from storage_backends.base import OptionError
-from storage_backends.local.files import DirectIo, remove_old_probes, try_lock
-from storage_backends.local.folder import LOCK, Folder, extent_numbers, extent_path, folder_number
+from storage_backends.local.extents import ExtentFiles, extent_numbers
+from storage_backends.local.files import remove_old_probes, try_lock
+from storage_backends.local.folder import LOCK, Folder, folder_number
 from storage_backends.local.format import FORMAT_LINE, VERSION, UnknownVersion
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record
@@ -28,10 +29,10 @@ _FORMAT = "FORMAT"
 class Directory:
     """Every folder of the tier, one of which may be ours. Not thread-safe: the backend's lock is around it."""
 
-    def __init__(self, path: Path, capacity: int, direct: DirectIo, index: AnyIndex) -> None:
+    def __init__(self, path: Path, capacity: int, files: ExtentFiles, index: AnyIndex) -> None:
         self.path = path
         self.capacity = capacity
-        self.direct = direct
+        self.files = files
         self.index = index
         self.folders: dict[int, Folder] = {}
         self.writer: Writer | None = None
@@ -64,7 +65,7 @@ class Directory:
                     if number is None or number in self.folders or not (self.path / name).is_dir():
                         continue
                     if self.writer is None or self.writer.number != number:
-                        self.folders[number] = Folder(self.path / name, self.direct)
+                        self.folders[number] = Folder(self.path / name, self.files)
         for folder in self.folders.values():
             self._poll(folder)
 
@@ -104,7 +105,7 @@ class Directory:
         folder = self.folders.get(number)
         if folder is not None and folder.has_owner():
             return None
-        writer = Writer.claim(self.path / f"w{number}", self.direct, self.index, removed)
+        writer = Writer.claim(self.path / f"w{number}", self.files, self.index, removed)
         if writer is None:
             return None
         if folder is not None:
@@ -139,7 +140,7 @@ class Directory:
                 log = LogWriter(folder.path / NAME)
                 log.append([Record(Kind.EXTENT_GONE, extents[0], time_ns=time.time_ns())])
                 log.close()
-                extent_path(folder.path, extents[0]).unlink(missing_ok=True)
+                self.files.delete(folder.path, extents[0])
                 folder.poll(self.index)
             except OSError as error:
                 logger.warning("%s: cannot be reclaimed: %s", folder.path, error)
@@ -171,7 +172,7 @@ class Directory:
         for number in extent_numbers(folder.path):
             extent = folder.extent(number)
             if extent is not None and extent.header.namespace in namespaces:
-                extent.path.unlink(missing_ok=True)
+                self.files.delete(folder.path, number)
                 log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
         log.close()
         folder.poll(self.index)

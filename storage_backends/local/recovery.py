@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from storage_backends.buffers import OwnedMemory
-from storage_backends.local.folder import Extent
+from storage_backends.local.extents import Extent
 from storage_backends.local.format import SLOT_MAGIC, FormatError, SlotHeader
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _read_header(extent: Extent, slot: int, room: memoryview) -> SlotHeader | No
     """The slot's header if it is one of a page that fits the slot."""
     try:
         size = min(len(room), extent.header.slot_bytes)
-        offset = extent.header.slot_offset(slot)
+        offset = extent.offset(slot)
         got = os.preadv(extent.fd, [room[:4096]], offset)
         if got < 4096 or bytes(room[:8]) != SLOT_MAGIC:
             return None

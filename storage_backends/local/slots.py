@@ -19,7 +19,7 @@ from hicache_ext.page import KEY_BYTES
 from storage_backends.base import PageBatch
 from storage_backends.buffers import BufferPool
 from storage_backends.local.engine import IoEngine
-from storage_backends.local.folder import Extent
+from storage_backends.local.extents import Extent
 from storage_backends.local.format import BLOCK, SlotHeaders, SlotShape
 
 _HEADERS = 512
@@ -87,8 +87,9 @@ class SlotGroup:
 
     @property
     def offsets(self) -> np.ndarray:
-        """uint64[n]: where each page's slot begins in its file."""
-        return np.array(self.numbers, np.uint64) * np.uint64(self.io.shape.slot_bytes) + np.uint64(BLOCK)
+        """uint64[n]: where each page's slot begins in what its extent's `fd` is open on."""
+        bases = np.array([extent.base for extent in self.extents], np.uint64)
+        return bases + np.array(self.numbers, np.uint64) * np.uint64(self.io.shape.slot_bytes) + np.uint64(BLOCK)
 
 
 class SlotEngine(ABC):

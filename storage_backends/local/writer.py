@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hicache_ext.page import Namespace
-from storage_backends.local.files import DirectIo, open_extent, preallocate, try_lock
-from storage_backends.local.folder import LOCK, Extent, extent_numbers, extent_path, open_existing
+from storage_backends.local.extents import Extent, ExtentFiles, extent_numbers, extent_path
+from storage_backends.local.files import try_lock
+from storage_backends.local.folder import LOCK
 from storage_backends.local.format import BLOCK, ExtentHeader, FormatError, SlotHeader, SlotShape, UnknownVersion
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import AnyIndex
@@ -37,11 +38,11 @@ RemovedListener = Callable[[Page, str], None]
 class Writer:
     """Owner of one folder. Not thread-safe: the backend's lock is around every method but `scan`'s reads."""
 
-    def __init__(self, path: Path, lock_fd: int, direct: DirectIo, index: AnyIndex, removed: RemovedListener) -> None:
+    def __init__(self, path: Path, lock_fd: int, files: ExtentFiles, index: AnyIndex, removed: RemovedListener) -> None:
         self.path = path
         self.number = int(path.name[1:])
         self._lock_fd = lock_fd
-        self._direct = direct
+        self._files = files
         self._index = index
         self._removed = removed
         self.extents: dict[int, Extent] = {}
@@ -60,14 +61,14 @@ class Writer:
         self._log = LogWriter.rewrite(path / NAME, index.own_records())
 
     @classmethod
-    def claim(cls, path: Path, direct: DirectIo, index: AnyIndex, removed: RemovedListener) -> Writer | None:
+    def claim(cls, path: Path, files: ExtentFiles, index: AnyIndex, removed: RemovedListener) -> Writer | None:
         """Become the owner of a folder (made if missing), whose log the index has read; None when it has an owner."""
         path.mkdir(parents=True, exist_ok=True)
         lock_fd = try_lock(path / LOCK)
         if lock_fd is None:
             return None
         try:
-            return cls(path, lock_fd, direct, index, removed)
+            return cls(path, lock_fd, files, index, removed)
         except BaseException:
             os.close(lock_fd)
             raise
@@ -76,12 +77,12 @@ class Writer:
         for number in extent_numbers(self.path):
             path = extent_path(self.path, number)
             try:
-                extent = open_existing(path, number, self._direct, write=True)
+                extent = self._files.open(self.path, number, write=True)
             except UnknownVersion:
                 raise
             except FormatError as error:
                 logger.warning("%s: %s; deleted, its pages are lost", path, error)
-                path.unlink(missing_ok=True)
+                self._files.delete(self.path, number)
                 continue
             except OSError as error:
                 # One bad sector or permission must not cost the folder. The number stays taken, the file is left alone.
@@ -164,17 +165,7 @@ class Writer:
             self.next_generation(), shape.slot_bytes, size, slots, number, namespace.digest,
             time.time_ns(), namespace.description,
         )  # fmt: skip
-        path = extent_path(self.path, number)
-        fd = open_extent(path, self._direct, write=True, create=True)
-        try:
-            preallocate(fd, size)
-            with open(path, "r+b", buffering=0) as plain:
-                plain.write(header.encode())
-        except BaseException:
-            os.close(fd)
-            path.unlink(missing_ok=True)
-            raise
-        self.extents[number] = Extent(path, number, header, fd)
+        self.extents[number] = self._files.create(self.path, header)
         self.free.setdefault(namespace.digest, {}).update(((number, slot), None) for slot in range(slots)[::-1])
         self._tell_capacity(namespace.digest)
         return True
@@ -261,7 +252,7 @@ class Writer:
         for place in [place for place in free if place[0] == number]:
             del free[place]
         with contextlib.suppress(OSError):
-            extent.path.unlink(missing_ok=True)
+            self._files.delete(self.path, number)
         extent.doom()
         self._tell_capacity(extent.header.namespace)
         self._append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])

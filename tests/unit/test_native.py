@@ -29,8 +29,8 @@ from storage_backends.buffers import OwnedMemory
 from storage_backends.local import LocalBackend
 from storage_backends.local.engine import Transfer
 from storage_backends.local.engine_threads import ThreadsEngine
+from storage_backends.local.extents import Extent
 from storage_backends.local.files import DirectIo
-from storage_backends.local.folder import Extent
 from storage_backends.local.format import BLOCK, ExtentHeader, SlotHeader, SlotHeaders, SlotShape
 from storage_backends.local.slot_transfers import TransferSlots, judge
 from storage_backends.local.slots import CancelFlag, SlotEngine, SlotGroup, SlotIo, Verdict

@@ -1,0 +1,126 @@
+"""Extents of writer folders: which there are, and how one is made, opened, given another use and deleted.
+
+Belongs here: where an extent's bytes lie. Does not belong here: who gets its slots (writer.py), what a folder's log
+says (folder.py), or what the bytes mean (format.py).
+
+An extent is one file. Numbers are never used again within a folder: when an extent is given to another namespace its
+file gets a new header and a new number, so that nobody takes its old pages for new ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+from storage_backends.local.files import DirectIo, open_extent, preallocate
+from storage_backends.local.format import BLOCK, ExtentHeader, FormatError
+
+
+@dataclass(slots=True, eq=False)
+class Extent:
+    """An open extent. pins: I/O that uses `fd` now; a doomed extent is closed when the last pin goes.
+
+    base: where it begins in what `fd` is open on (bytes). serial: a number that no other open extent of this process
+    ever has, unlike `fd`.
+    """
+
+    path: Path
+    number: int
+    header: ExtentHeader
+    fd: int
+    base: int = 0
+    pins: int = 0
+    doomed: bool = False
+    serial: int = field(default_factory=count(1).__next__)
+
+    def offset(self, slot: int) -> int:
+        """Where a slot begins in what `fd` is open on (bytes)."""
+        return self.base + self.header.slot_offset(slot)
+
+    def unpin(self) -> None:
+        self.pins -= 1
+        self.close_if_unused()
+
+    def doom(self) -> None:
+        self.doomed = True
+        self.close_if_unused()
+
+    def close_if_unused(self) -> None:
+        if self.doomed and not self.pins and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def extent_path(folder: Path, number: int) -> Path:
+    return folder / f"e{number:010d}.ext"
+
+
+def extent_number(name: str) -> int | None:
+    """The number in an extent's file name; None for a name that no writer gives."""
+    found = re.fullmatch(r"e([0-9]{10,})\.ext", name)
+    return int(found.group(1)) if found and name == extent_path(Path(), int(found.group(1))).name else None
+
+
+def extent_numbers(folder: Path) -> list[int]:
+    """Numbers of the extents in a folder, ascending. Only regular files: opening a pipe would wait for ever."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_file()]
+    except FileNotFoundError:
+        return []
+    return sorted(number for name in names if (number := extent_number(name)) is not None)
+
+
+class ExtentFiles:
+    """Extents as files in the writer folders of one file system."""
+
+    def __init__(self, direct: DirectIo) -> None:
+        self.direct = direct
+
+    def header(self, folder: Path, number: int) -> ExtentHeader:
+        """Raises FormatError, UnknownVersion, OSError."""
+        with open(extent_path(folder, number), "rb", buffering=0) as file:
+            header = ExtentHeader.decode(file.read(BLOCK) or b"")
+        if header.number != number:
+            raise FormatError(f"extent {number} says that it is {header.number}")
+        return header
+
+    def open(self, folder: Path, number: int, write: bool) -> Extent:
+        """Raises FormatError, UnknownVersion, OSError."""
+        header = self.header(folder, number)
+        path = extent_path(folder, number)
+        return Extent(path, number, header, open_extent(path, self.direct, write))
+
+    def create(self, folder: Path, header: ExtentHeader) -> Extent:
+        """A new extent, its space reserved. OSError (ENOSPC, ...) when there is none; nothing is left behind then."""
+        path = extent_path(folder, header.number)
+        fd = open_extent(path, self.direct, write=True, create=True)
+        try:
+            preallocate(fd, header.extent_bytes)
+            _write_header(path, header)
+        except BaseException:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+        return Extent(path, header.number, header, fd)
+
+    def delete(self, folder: Path, number: int) -> None:
+        """Free its space. OSError when the file system refuses; one that is gone already is no error."""
+        extent_path(folder, number).unlink(missing_ok=True)
+
+    def disk_bytes(self, folder: Path) -> int:
+        """What the folder's extents take (bytes)."""
+        total = 0
+        for number in extent_numbers(folder):
+            with contextlib.suppress(OSError):
+                total += os.stat(extent_path(folder, number)).st_size
+        return total
+
+
+def _write_header(path: Path, header: ExtentHeader) -> None:
+    with open(path, "r+b", buffering=0) as plain:  # not through O_DIRECT, which wants aligned memory
+        plain.write(header.encode())
