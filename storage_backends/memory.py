@@ -23,7 +23,7 @@ from storage_backends.base import (
     Outcome,
     Residency,
 )
-from storage_backends.local.checksum import crc32c
+from storage_backends.checksum import crc32c
 
 
 class MemoryOptions(BackendOptions):

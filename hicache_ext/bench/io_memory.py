@@ -13,8 +13,8 @@ import numpy as np
 
 from hicache_ext.bench.io_rounds import Subject
 from hicache_ext.bench.machine import page_kind
+from storage_backends import checksum
 from storage_backends.buffers import OwnedMemory
-from storage_backends.local import checksum
 
 _PASS_BYTES = 512 << 20  # well above any cache: each pass finds it cold
 

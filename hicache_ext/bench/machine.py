@@ -10,7 +10,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from storage_backends.local import checksum
+from storage_backends import checksum
 
 _PACKAGES = ("hicache-ext", "sglang", "torch", "numpy", "liburing", "crc32c")
 

@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from storage_backends.local.format import VERSION
+from storage_backends.format import VERSION
 from storage_backends.local.survey import NamespaceSummary, NotATier, Problem, Survey, summarise, survey
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")

@@ -16,7 +16,7 @@ from pathlib import Path
 import hicache_ext
 from hicache_ext.doctor.finding import Finding, error, ok, warning
 from hicache_ext.sglang import versions
-from storage_backends.local import checksum
+from storage_backends import checksum
 
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "hicache_ext"
 

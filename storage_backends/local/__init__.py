@@ -11,7 +11,7 @@ __all__ = ["LocalBackend", "LocalOptions"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: `storage_backends.local.checksum` is used by backends that have no disk.
+    # Loaded when asked for: what only reads a directory does not need the backend.
     if name in __all__:
         from storage_backends.local import backend
 

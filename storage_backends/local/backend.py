@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import ByteSize, Field, model_validator
 
 from hicache_ext.page import Namespace
+from storage_backends import checksum
 from storage_backends.base import (
     CLOSE_SECONDS,
     Backend,
@@ -36,12 +37,11 @@ from storage_backends.base import (
     Residency,
 )
 from storage_backends.buffers import OwnedMemory
-from storage_backends.local import checksum
+from storage_backends.format import BLOCK, FormatError, SlotShape
 from storage_backends.local.directory import Directory
 from storage_backends.local.engine import IoEngine, open_engine
 from storage_backends.local.extents import Extent, ExtentFiles
 from storage_backends.local.files import probe_direct
-from storage_backends.local.format import BLOCK, FormatError, SlotShape
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import open_index
 from storage_backends.local.policy import DEFAULT, Admission, Always, SecondHit, WriteBudget

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 from storage_backends.base import OptionError
+from storage_backends.format import FORMAT_LINE, VERSION, UnknownVersion
 from storage_backends.local.extents import ExtentFiles, extent_numbers
 from storage_backends.local.files import remove_old_probes, try_lock
 from storage_backends.local.folder import LOCK, Folder, folder_number
-from storage_backends.local.format import FORMAT_LINE, VERSION, UnknownVersion
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record
 from storage_backends.local.writer import RemovedListener, Writer

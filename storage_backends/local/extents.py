@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from storage_backends.format import BLOCK, ExtentHeader, FormatError
 from storage_backends.local.files import DirectIo, open_extent, preallocate
-from storage_backends.local.format import BLOCK, ExtentHeader, FormatError
 
 
 @dataclass(slots=True, eq=False)

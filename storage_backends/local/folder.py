@@ -10,9 +10,9 @@ import logging
 import re
 from pathlib import Path
 
+from storage_backends.format import FormatError, UnknownVersion
 from storage_backends.local.extents import Extent, ExtentFiles, extent_numbers, extent_path
 from storage_backends.local.files import is_locked
-from storage_backends.local.format import FormatError, UnknownVersion
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, LogReader
 

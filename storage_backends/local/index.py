@@ -23,7 +23,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from hicache_ext.page import NO_PARENT, split_keys
-from storage_backends.local.format import FormatError
+from storage_backends.format import FormatError
 from storage_backends.local.policy import ORDERS
 from storage_backends.local.policy.order import Order
 from storage_backends.local.residency import RECORD_BYTES, Kind, Record, encode_stored

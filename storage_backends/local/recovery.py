@@ -13,8 +13,8 @@ import time
 from typing import TYPE_CHECKING
 
 from storage_backends.buffers import OwnedMemory
+from storage_backends.format import SLOT_MAGIC, FormatError, SlotHeader
 from storage_backends.local.extents import Extent
-from storage_backends.local.format import SLOT_MAGIC, FormatError, SlotHeader
 
 if TYPE_CHECKING:
     from storage_backends.local.writer import Writer

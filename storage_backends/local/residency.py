@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from hicache_ext.page import NO_PARENT
-from storage_backends.local.checksum import chunk_crcs, crc32c
-from storage_backends.local.format import FormatError, UnknownVersion
+from storage_backends.checksum import chunk_crcs, crc32c
+from storage_backends.format import FormatError, UnknownVersion
 
 if TYPE_CHECKING:
     from storage_backends.local.index import Page

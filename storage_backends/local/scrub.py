@@ -22,10 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from storage_backends.buffers import OwnedMemory
-from storage_backends.local.checksum import chunk_crcs
-from storage_backends.local.files import is_locked
-from storage_backends.local.folder import LOCK
-from storage_backends.local.format import (
+from storage_backends.checksum import chunk_crcs
+from storage_backends.format import (
     BLOCK,
     CHUNK,
     SLOT_MAGIC,
@@ -34,6 +32,8 @@ from storage_backends.local.format import (
     SlotHeader,
     UnknownVersion,
 )
+from storage_backends.local.files import is_locked
+from storage_backends.local.folder import LOCK
 from storage_backends.local.residency import NAME, Record
 from storage_backends.local.survey import ExtentFile, FolderSurvey, LogView, Problem, Trouble, is_plain, survey
 

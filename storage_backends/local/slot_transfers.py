@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from storage_backends.local.checksum import chunk_crcs
+from storage_backends.checksum import chunk_crcs
+from storage_backends.format import FormatError, SlotHeader, SlotShape, seal_header
 from storage_backends.local.engine import IoEngine, Transfer
-from storage_backends.local.format import FormatError, SlotHeader, SlotShape, seal_header
 from storage_backends.local.slots import SlotEngine, SlotGroup, Verdict
 
 #: Bytes that are sealed before the first of them leave: the device works on these while the next are sealed.

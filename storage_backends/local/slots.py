@@ -18,9 +18,9 @@ import numpy as np
 from hicache_ext.page import KEY_BYTES
 from storage_backends.base import PageBatch
 from storage_backends.buffers import BufferPool
+from storage_backends.format import BLOCK, SlotHeaders, SlotShape
 from storage_backends.local.engine import IoEngine
 from storage_backends.local.extents import Extent
-from storage_backends.local.format import BLOCK, SlotHeaders, SlotShape
 
 _HEADERS = 512
 _BOUNCE_BYTES = 64 << 20

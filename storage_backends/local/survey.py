@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from hicache_ext.page import NO_PARENT
+from storage_backends.format import BLOCK, FORMAT_LINE, VERSION, ExtentHeader, FormatError, UnknownVersion
 from storage_backends.local.extents import extent_number
 from storage_backends.local.files import is_locked
 from storage_backends.local.folder import LOCK, folder_number
-from storage_backends.local.format import BLOCK, FORMAT_LINE, VERSION, ExtentHeader, FormatError, UnknownVersion
 from storage_backends.local.residency import MAGIC, NAME, RECORD_BYTES, Kind, LogReader, Record
 
 _FORMAT = "FORMAT"

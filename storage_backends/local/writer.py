@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hicache_ext.page import Namespace
+from storage_backends.format import BLOCK, ExtentHeader, FormatError, SlotHeader, SlotShape, UnknownVersion
 from storage_backends.local.extents import Extent, ExtentFiles, extent_numbers, extent_path
 from storage_backends.local.files import try_lock
 from storage_backends.local.folder import LOCK
-from storage_backends.local.format import BLOCK, ExtentHeader, FormatError, SlotHeader, SlotShape, UnknownVersion
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record, encode_stored

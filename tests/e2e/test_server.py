@@ -27,7 +27,7 @@ import yaml
 from hicache_ext.cli import tiny_model
 from hicache_ext.cli.demo import Backend, Settings, _environment, launch_line
 from hicache_ext.cli.serving import Server, free_port
-from storage_backends.local.format import BLOCK, ExtentHeader
+from storage_backends.format import BLOCK, ExtentHeader
 
 pytestmark = [
     pytest.mark.server,

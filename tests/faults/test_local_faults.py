@@ -19,8 +19,8 @@ import pytest
 
 from hicache_ext.store.tiered import Tier, TieredStore
 from storage_backends.base import Outcome
+from storage_backends.format import BLOCK, ExtentHeader, SlotShape
 from storage_backends.local import LocalBackend
-from storage_backends.local.format import BLOCK, ExtentHeader, SlotShape
 from tests.pages import HostPool, chain, content, key_batch, namespace
 from tests.tiers import Open, local_tiers
 
@@ -144,7 +144,7 @@ def _is_whole(slot: bytes, key: bytes) -> bool:
     payload = slot[SHAPE.header_bytes : SHAPE.header_bytes + SHAPE.payload_bytes]
     if not np.array_equal(np.frombuffer(payload, np.uint8), content(SPACE, key)):
         return False
-    from storage_backends.local.format import FormatError, SlotHeader
+    from storage_backends.format import FormatError, SlotHeader
 
     try:
         return SlotHeader.decode(slot[: SHAPE.header_bytes]).key == key

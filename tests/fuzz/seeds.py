@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage_backends.local.format import BLOCK, ExtentHeader, SlotHeader
+from storage_backends.format import BLOCK, ExtentHeader, SlotHeader
 from storage_backends.local.residency import MAGIC, RECORD_BYTES, VERSION, Kind, Record
 from tests.fuzz.mutate import CORPUS
 from tests.fuzz.targets import RAGGED, SEAL, SLOT

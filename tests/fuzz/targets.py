@@ -24,8 +24,8 @@ import numpy as np
 
 from hicache_ext.config import Config, ConfigError
 from storage_backends import registry
-from storage_backends.local.checksum import crc32c
-from storage_backends.local.format import BLOCK, ExtentHeader, FormatError, SlotHeader, UnknownVersion
+from storage_backends.checksum import crc32c
+from storage_backends.format import BLOCK, ExtentHeader, FormatError, SlotHeader, UnknownVersion
 from storage_backends.local.residency import RECORD_BYTES, LogReader, Record
 from storage_backends.local.scrub import judge
 from storage_backends.local.survey import LogView, describe

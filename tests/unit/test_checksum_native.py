@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage_backends.local import checksum
+from storage_backends import checksum
 
 try:
     from hicache_ext import _native
@@ -199,7 +199,7 @@ def test_without_the_compiled_module_the_values_are_the_same() -> None:
         import sys
         sys.modules["hicache_ext._native"] = None
         import numpy as np
-        from storage_backends.local import checksum
+        from storage_backends import checksum
         assert "wheel" in checksum.implementation(), checksum.implementation()
         buffers = [np.random.default_rng(i).integers(0, 256, n, np.uint8) for i, n in enumerate((0, 7, 65536, 150001))]
         addresses = np.array([b.ctypes.data for b in buffers], np.uint64)

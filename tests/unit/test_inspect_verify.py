@@ -22,8 +22,8 @@ from typer.testing import CliRunner, Result
 from hicache_ext.cli.main import app
 from hicache_ext.page import NO_PARENT
 from storage_backends.base import Dispatcher, Outcome
+from storage_backends.format import BLOCK, ExtentHeader, SlotHeader
 from storage_backends.local import LocalBackend
-from storage_backends.local.format import BLOCK, ExtentHeader, SlotHeader
 from storage_backends.local.residency import Kind, LogReader, LogWriter, Record
 from storage_backends.local.scrub import Pace, Scrub, SlotVerdict
 from storage_backends.local.survey import Chains, NotATier, Trouble, chains, summarise, survey

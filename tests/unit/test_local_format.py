@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage_backends.local.checksum import chunk_crcs, crc32c
-from storage_backends.local.format import BLOCK, ExtentHeader, FormatError, SlotHeader, SlotShape, UnknownVersion
+from storage_backends.checksum import chunk_crcs, crc32c
+from storage_backends.format import BLOCK, ExtentHeader, FormatError, SlotHeader, SlotShape, UnknownVersion
 from storage_backends.local.residency import Kind, Record
 
 GOLDEN = Path(__file__).parent / "golden_format_v1.bin"

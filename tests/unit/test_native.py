@@ -26,12 +26,12 @@ from hypothesis import strategies as st
 from hicache_ext.page import Namespace
 from storage_backends.base import Dispatcher, Outcome
 from storage_backends.buffers import OwnedMemory
+from storage_backends.format import BLOCK, ExtentHeader, SlotHeader, SlotHeaders, SlotShape
 from storage_backends.local import LocalBackend
 from storage_backends.local.engine import Transfer
 from storage_backends.local.engine_threads import ThreadsEngine
 from storage_backends.local.extents import Extent
 from storage_backends.local.files import DirectIo
-from storage_backends.local.format import BLOCK, ExtentHeader, SlotHeader, SlotHeaders, SlotShape
 from storage_backends.local.slot_transfers import TransferSlots, judge
 from storage_backends.local.slots import CancelFlag, SlotEngine, SlotGroup, SlotIo, Verdict
 from tests.pages import HostPool, chain, namespace
@@ -203,7 +203,7 @@ def test_both_judge_random_damage_alike(tmp_path: Path) -> None:
 
 
 def _sealed_slot(space: Namespace, key: bytes) -> bytes:
-    from storage_backends.local.checksum import chunk_crcs
+    from storage_backends.checksum import chunk_crcs
     from tests.pages import content
 
     shape, payload = SlotShape.of_namespace(space), np.ascontiguousarray(content(space, key))
@@ -251,7 +251,7 @@ def _damage(raw: bytearray, shape: SlotShape, chance: random.Random) -> int:
 
 def _reseal(raw: bytearray, chance: random.Random) -> None:
     """A header that was wrong before it was sealed: what a bug would write."""
-    from storage_backends.local.checksum import crc32c
+    from storage_backends.checksum import crc32c
 
     size = int.from_bytes(raw[12:16], "little")
     if not BLOCK <= size <= len(raw):

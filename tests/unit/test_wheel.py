@@ -83,7 +83,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_works(tmp_path: Path, reason: 
     script = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'Scikit' not in type(f).__name__]\n"
         "import hicache_ext; assert hicache_ext.__file__.startswith(sys.argv[1]), hicache_ext.__file__\n"
-        "from storage_backends.local.checksum import crc32c, implementation\n"
+        "from storage_backends.checksum import crc32c, implementation\n"
         "from hicache_ext.cli.main import native_parts\n"
         "assert crc32c(b'123456789') == 0xE3069283\n"
         "print(implementation(), '|', native_parts()['checksums'])\n"

@@ -1,6 +1,6 @@
-"""CRC32C for the local tier's slots, by the fastest implementation that this install has.
+"""CRC32C of stored pages, by the fastest implementation that this install has.
 
-What belongs here: the checksum values of the on-disk format, and the choice of who computes them.
+What belongs here: the checksum values of the stored format, and the choice of who computes them.
 What does not: where checksums lie in a slot and what a mismatch means (the slot format's and the
 reader's business).
 

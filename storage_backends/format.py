@@ -52,7 +52,7 @@ from functools import lru_cache
 import numpy as np
 
 from hicache_ext.page import NO_PARENT, Namespace
-from storage_backends.local.checksum import crc32c
+from storage_backends.checksum import crc32c
 
 VERSION = 1
 BLOCK = 4096
