@@ -47,21 +47,36 @@ def probe_direct(directory: Path) -> DirectIo:
         path.unlink(missing_ok=True)
         return DirectIo(False, 1, 1, f"open with O_DIRECT: {os.strerror(error.errno or errno.EIO)}")
     try:
-        buffer = ctypes.create_string_buffer(256)
-        asked = _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)
-        mask = int.from_bytes(buffer.raw[:4], "little")
-        if asked != 0 or not mask & _STATX_DIOALIGN:
-            return DirectIo(True, 4096, 4096)  # an old kernel: every device takes 4 KiB
-        memory = int.from_bytes(buffer.raw[_DIO_MEM_ALIGN_AT : _DIO_MEM_ALIGN_AT + 4], "little")
-        offset = int.from_bytes(buffer.raw[_DIO_OFFSET_ALIGN_AT : _DIO_OFFSET_ALIGN_AT + 4], "little")
-        if not memory or not offset:
-            return DirectIo(False, 1, 1, "the file system says that it does no direct I/O")
-        if offset > 4096 or 4096 % offset:
-            return DirectIo(False, 1, 1, f"direct I/O wants alignment {offset}, slots have 4096")
-        return DirectIo(True, memory, offset)
+        return _alignment(fd)
     finally:
         os.close(fd)
         path.unlink(missing_ok=True)
+
+
+def alignment_of(path: Path, fd: int) -> DirectIo:
+    """As probe_direct, for a device or file that is there. fd: open on it. OSError as open raises it."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return DirectIo(False, 1, 1, f"open with O_DIRECT: {error.strerror}")
+    return _alignment(fd)
+
+
+def _alignment(fd: int) -> DirectIo:
+    buffer = ctypes.create_string_buffer(256)
+    asked = _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)
+    mask = int.from_bytes(buffer.raw[:4], "little")
+    if asked != 0 or not mask & _STATX_DIOALIGN:
+        return DirectIo(True, 4096, 4096)  # an old kernel: every device takes 4 KiB
+    memory = int.from_bytes(buffer.raw[_DIO_MEM_ALIGN_AT : _DIO_MEM_ALIGN_AT + 4], "little")
+    offset = int.from_bytes(buffer.raw[_DIO_OFFSET_ALIGN_AT : _DIO_OFFSET_ALIGN_AT + 4], "little")
+    if not memory or not offset:
+        return DirectIo(False, 1, 1, "the file system says that it does no direct I/O")
+    if offset > 4096 or 4096 % offset:
+        return DirectIo(False, 1, 1, f"direct I/O wants alignment {offset}, slots have 4096")
+    return DirectIo(True, memory, offset)
 
 
 def remove_old_probes(directory: Path) -> None:
@@ -105,6 +120,17 @@ def try_lock(path: Path) -> int | None:
         os.close(fd)
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return None
+        raise
+    return fd
+
+
+def lock_when_free(path: Path) -> int:
+    """As try_lock, but waits for whoever holds it: for locks that are held for a few system calls."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK))
+    except BaseException:
+        os.close(fd)
         raise
     return fd
 

@@ -245,12 +245,12 @@ class Scrub:
             self._memory = OwnedMemory(header.slot_bytes)
         self._refresh(folder, log)
         try:
-            reader = _Reader(extent.path, self._memory)
-        except FileNotFoundError:
-            self._done += header.slots
-            return  # its writer deleted it, and all that it held
+            reader = _Reader(extent.data, self._memory)
         except OSError as error:
-            self.report.problems.append(Problem(extent.path, Trouble.UNREADABLE, str(error.strerror)))
+            if isinstance(error, FileNotFoundError) and extent.data == extent.path:
+                self._done += header.slots
+                return  # its writer deleted it, and all that it held
+            self.report.problems.append(Problem(extent.data, Trouble.UNREADABLE, str(error.strerror)))
             return
         try:
             suspects: dict[int, tuple[Record | None, Judgement]] = {}
@@ -285,10 +285,10 @@ class Scrub:
             return judge(self._memory.view[:0], self._memory.address, header, named)
         try:
             if named is None:  # most such slots are empty, and a header says so
-                raw = self._read(reader, offset, BLOCK)
+                raw = self._read(reader, extent.base + offset, BLOCK)
                 if len(raw) < BLOCK or bytes(raw[:8]) != SLOT_MAGIC:
                     return judge(raw, self._memory.address, header, None)
-            raw = self._read(reader, offset, header.slot_bytes)
+            raw = self._read(reader, extent.base + offset, header.slot_bytes)
         except OSError as error:
             return Judgement(SlotVerdict.DAMAGED, f"read: {error.strerror}")
         return judge(raw, self._memory.address, header, named)
@@ -325,7 +325,7 @@ class Scrub:
             key = named.key if named else judgement.key
             self.report.damaged.append(
                 Damage(
-                    extent.path, extent.header.slot_offset(slot), slot, extent.header.namespace, key,
+                    extent.data, extent.base + extent.header.slot_offset(slot), slot, extent.header.namespace, key,
                     named is not None, judgement.reason,
                 )
             )  # fmt: skip

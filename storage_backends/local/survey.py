@@ -22,6 +22,8 @@ from typing import Any
 
 from hicache_ext.page import NO_PARENT
 from storage_backends.format import BLOCK, FORMAT_LINE, VERSION, ExtentHeader, FormatError, UnknownVersion
+from storage_backends.local.device import LOCK as DEVICE_LOCK
+from storage_backends.local.device import MARK, device_of, placement_of
 from storage_backends.local.extents import extent_number
 from storage_backends.local.files import is_locked
 from storage_backends.local.folder import LOCK, folder_number
@@ -58,12 +60,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class ExtentFile:
-    """One extent as its header describes it. file_bytes: what the file has, which may be less."""
+    """One extent as its header describes it. file_bytes: what there is of it, which may be less.
+
+    data, base: the file or device that holds its bytes, and where in it they begin.
+    """
 
     path: Path
     number: int
     header: ExtentHeader
     file_bytes: int
+    data: Path
+    base: int = 0
 
 
 class LogView:
@@ -145,14 +152,15 @@ def survey(path: Path) -> Survey:
     try:
         names = sorted(os.listdir(path))
         _check_format(path, names)
+        device = device_of(path) if is_plain(path / MARK) else None
     except OSError as error:
         raise NotATier(f"{path}: {error.strerror}. Fix: name the directory of a local tier that this user may read") \
             from error  # fmt: skip
     for name in names:
         inside = path / name
         if folder_number(name) is not None and inside.is_dir():
-            found.folders.append(_folder(inside, found.problems))
-        elif name != _FORMAT and not name.startswith(".probe-"):
+            found.folders.append(_folder(inside, device, found.problems))
+        elif name not in (_FORMAT, MARK, DEVICE_LOCK) and not name.startswith(".probe-"):
             found.problems.append(Problem(inside, Trouble.NOT_OURS, "not a file of the local tier"))
     found.folders.sort(key=lambda folder: int(folder.path.name[1:]))
     return found
@@ -170,7 +178,7 @@ def _check_format(path: Path, names: list[str]) -> None:
         )
 
 
-def _folder(path: Path, problems: list[Problem]) -> FolderSurvey:
+def _folder(path: Path, device: Path | None, problems: list[Problem]) -> FolderSurvey:
     folder = FolderSurvey(path)
     try:
         names = sorted(os.listdir(path))
@@ -182,7 +190,7 @@ def _folder(path: Path, problems: list[Problem]) -> FolderSurvey:
         if not is_plain(path / name) and os.path.lexists(path / name):
             problems.append(Problem(path / name, Trouble.NOT_OURS, "not a plain file"))
         elif (number := extent_number(name)) is not None:
-            extent = _extent(path / name, number, problems)
+            extent = _extent(path / name, number, device, problems)
             if extent is not None:
                 folder.extents.append(extent)
         elif name not in _OURS_IN_FOLDER:
@@ -232,7 +240,7 @@ def is_plain(path: Path) -> bool:
         return False
 
 
-def _extent(path: Path, number: int, problems: list[Problem]) -> ExtentFile | None:
+def _extent(path: Path, number: int, device: Path | None, problems: list[Problem]) -> ExtentFile | None:
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -256,10 +264,21 @@ def _extent(path: Path, number: int, problems: list[Problem]) -> ExtentFile | No
     if header.number != number:
         problems.append(Problem(path, Trouble.DAMAGED, f"says that it is extent {header.number}: its pages are lost"))
         return None
+    data, base = path, 0
+    if device is not None:
+        try:
+            place = placement_of(path)
+        except UnknownVersion as error:
+            problems.append(Problem(path, Trouble.UNKNOWN_VERSION, f"{error}, and this program reads {VERSION}"))
+            return None
+        except (FormatError, OSError) as error:
+            problems.append(Problem(path, Trouble.DAMAGED, f"{error}: its pages are lost"))
+            return None
+        data, base, size = device, place.offset, place.length
     if size < header.extent_bytes:
         text = f"has {size} of {header.extent_bytes} bytes: pages beyond the end are lost"
         problems.append(Problem(path, Trouble.TRUNCATED, text))
-    return ExtentFile(path, number, header, size)
+    return ExtentFile(path, number, header, size, data, base)
 
 
 @dataclass(frozen=True)
