@@ -82,8 +82,10 @@ def test_places_never_overlap(steps: list[tuple[bool, int]], tmp_path_factory: p
                 try:
                     extent = device.create(folder, _header(number, size))
                 except OSError:
-                    widest = max(b - a for a, b in itertools.pairwise([START, *sum(sorted(held.values()), ()), _SIZE]))
-                    assert widest < size  # there was no room indeed
+                    edges = [START, *itertools.chain.from_iterable(sorted(held.values())), _SIZE]
+                    assert all(
+                        end - begin < size for begin, end in zip(edges[::2], edges[1::2], strict=True)
+                    )  # no room indeed
                     continue
                 held[number] = (extent.base, extent.base + size)
                 extent.doom()
