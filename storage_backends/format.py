@@ -1,7 +1,8 @@
-"""The on-disk format of the local tier: what the bytes of an extent and of a slot mean. Version 1.
+"""The stored format: what the bytes of an extent and of a slot mean. Version 1.
 
 Belongs here: encoding and decoding of headers, as pure functions over bytes. Does not belong here: files, I/O,
-where a slot is, or whether to trust it beyond what its own bytes say.
+where a slot is, or whether to trust it beyond what its own bytes say. The same header opens a page that is stored as an
+object of its own (object.py).
 
 A directory holds `FORMAT` (one line, the version) and writer folders `w<k>`; a folder holds `lock`, `residency.log`
 (residency.py) and extents `e<number>.ext`. All integers are little-endian.
@@ -24,7 +25,7 @@ A directory holds `FORMAT` (one line, the version) and writer folders `w<k>`; a 
                | slot header | buffer 0 | buffer 1 | ... | padding |   header and slot are multiples of 4096
                +-------------+----------+----------+-----+---------+
 
-    slot header, 4096 bytes or the next multiple that fits
+    slot header, 4096 bytes or the next multiple that fits (of an object: the next multiple of 64)
         0  8s  magic "HICSLOT1"         112  u64 payload bytes
         8  u16 format version           120  u32 buffers
        10  u16 flags                    124  u32 chunks
@@ -104,12 +105,12 @@ class SlotShape:
 
     @classmethod
     @lru_cache(maxsize=256)
-    def of(cls, lengths: tuple[int, ...], page_size: int) -> SlotShape:
-        """For pages with these buffer lengths (bytes) and `page_size` tokens."""
+    def of(cls, lengths: tuple[int, ...], page_size: int, step: int = BLOCK) -> SlotShape:
+        """For pages with these buffer lengths (bytes) and `page_size` tokens; header and slot are multiples of step."""
         chunks = chunk_count(lengths)
-        header = round_up(_SLOT.size + 8 * len(lengths) + 4 * chunks + 4 * page_size + _STRINGS, BLOCK)
+        header = round_up(_SLOT.size + 8 * len(lengths) + 4 * chunks + 4 * page_size + _STRINGS, step)
         payload = sum(lengths)
-        return cls(header, payload, header + round_up(payload, BLOCK), chunks)
+        return cls(header, payload, header + round_up(payload, step), chunks)
 
     @classmethod
     def of_namespace(cls, namespace: Namespace) -> SlotShape:
@@ -204,9 +205,12 @@ class SlotHeader:
         struct.pack_into("<I", raw, _SLOT_CRC, crc32c(raw))
 
     @classmethod
-    def decode(cls, raw: bytes | memoryview) -> SlotHeader:
-        """From at least the header's bytes. Raises FormatError, UnknownVersion; trusts no length it has not checked."""
-        if len(raw) < BLOCK:
+    def decode(cls, raw: bytes | bytearray | memoryview, step: int = BLOCK) -> SlotHeader:
+        """From at least the header's bytes, which are a multiple of `step`; trusts no length it has not checked.
+
+        Raises FormatError, UnknownVersion.
+        """
+        if len(raw) < max(step, _SLOT.size):
             raise FormatError("truncated slot header")
         (magic, version, flags, size, namespace, key, parent, generation, time_ns, payload, buffers, chunks, chunk,
          algorithm, pool_bytes, token_count, crc, event_hash, parent_event_hash, salt_bytes, lora_bytes,
@@ -215,7 +219,7 @@ class SlotHeader:
             raise FormatError("not a slot")
         if version != VERSION:
             raise UnknownVersion(f"slot format {version}")
-        if not BLOCK <= size <= len(raw) or size % BLOCK:
+        if not _SLOT.size <= size <= len(raw) or size % step:
             raise FormatError("slot header size")
         if _crc_without(raw[:size], _SLOT_CRC) != crc:
             raise FormatError("slot header checksum")
@@ -304,7 +308,7 @@ def _crcs_at(buffers: int) -> int:
     return _SLOT.size + 8 * buffers
 
 
-def _crc_without(raw: bytes | memoryview, at: int) -> int:
+def _crc_without(raw: bytes | bytearray | memoryview, at: int) -> int:
     """CRC32C of `raw` with the four bytes at `at` taken as zero."""
     copy = bytearray(raw)
     copy[at : at + 4] = bytes(4)

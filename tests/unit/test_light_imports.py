@@ -7,13 +7,15 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "sglang", "vllm", "obstore", "redis", "nixl", "mooncake", "liburing", "matplotlib")
+HEAVY = ("torch", "sglang", "vllm", "obstore", "redis", "cryptography", "nixl", "mooncake", "liburing", "matplotlib")
 CORE = (
     "hicache_ext.config",
     "hicache_ext.page",
     "hicache_ext.store",
     "storage_backends.base",
     "storage_backends.memory",
+    "storage_backends.object",
+    "storage_backends.secrets",
     "storage_backends.local.backend",
     "hicache_ext.cli.main",
     "hicache_ext.sglang.plugin",

@@ -1,0 +1,120 @@
+"""A page as one object: what stores that keep a page as one value, object or file write, all of them the same bytes.
+
+Belongs here: a page to bytes, and the judgement of bytes that came back. Does not belong here: names of objects, I/O,
+or what follows from a verdict.
+
+    object   +-------------+----------+----------+-----+
+             | slot header | buffer 0 | buffer 1 | ... |      the slot of format.py, without its padding
+             +-------------+----------+----------+-----+
+
+    header   as in format.py, generation 0, rounded up to 64 bytes: that of a page of 70,272 bytes has 512 bytes; 4096
+             would be 5 % more to move. A store that wants aligned memory takes another `step`.
+
+    sealed   +----------------------+-------------------------------------+
+             | seal, 64 bytes       | the object above, encrypted          |      (seal.py)
+             +----------------------+-------------------------------------+
+
+All objects of a namespace have the same size, so that a store's own idea of an object's size tells a cut one without
+reading it. An object is valid only if magic, version, namespace, key, lengths, header checksum and every chunk's
+checksum are what was asked; sealed ones must open as well. The format's version is part of every store's names
+(`VERSION`), so that a store shared by programs of two versions gives neither the other's objects.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+
+from storage_backends.base import Buffers, Outcome, PageBatch
+from storage_backends.checksum import chunk_crcs
+from storage_backends.format import VERSION, FormatError, SlotHeader, SlotHeaders, SlotShape, seal_header
+from storage_backends.seal import Seal
+
+__all__ = ["VERSION", "ObjectFormat", "ObjectFormats"]
+
+STEP = 64
+_FORMATS = 64
+
+
+class ObjectFormat:
+    """The objects of one namespace.
+
+    head_bytes: what comes before the first buffer. size: bytes of the whole object.
+    """
+
+    def __init__(self, batch: PageBatch, step: int = STEP, seal: Seal | None = None) -> None:
+        self.namespace = batch.namespace
+        layout = self.namespace.layout
+        self._shape = SlotShape.of(layout.buffer_lengths, layout.page_size, step)
+        self._step, self._seal = step, seal
+        self._lengths = np.array(layout.buffer_lengths, np.uint64)
+        self._templates: dict[int | None, SlotHeaders] = {}
+        self.head_bytes = self._shape.header_bytes + (seal.head_bytes if seal else 0)
+        self.size = self.head_bytes + self._shape.payload_bytes
+
+    def check(self, batch: PageBatch) -> None:
+        """ValueError when the batch's buffers are not its namespace's: a mistake that would cut or mix pages."""
+        if not np.array_equal(batch.lengths, np.tile(self._lengths, len(batch))):
+            raise ValueError(f"the batch's buffers are not those of its namespace, {self._lengths.tolist()} per page")
+
+    def prepare(self, batch: PageBatch, page: int) -> tuple[bytearray, Buffers]:
+        """What to write, in order: a head, and the page's own buffers (sealed: an encrypted copy of them)."""
+        tokens = None if batch.tokens is None else batch.tokens[page : page + 1]
+        count = None if tokens is None else tokens.shape[1]
+        template = self._templates.get(count)
+        if template is None:
+            template = self._templates[count] = SlotHeaders(self.namespace, self._shape, count)
+        head = np.empty((1, self._shape.header_bytes), np.uint8)
+        key, parent = batch.key(page), batch.parent(page)
+        hashes = None if batch.event_hashes is None else batch.event_hashes[page : page + 1]
+        first = np.zeros(1, np.int64)
+        template.write(head, first, key, parent, first.view(np.uint64), time.time_ns(), tokens, hashes)
+        raw = bytearray(head)
+        seal_header(memoryview(raw), len(self._lengths), chunk_crcs(self._addresses(batch, page), self._lengths))
+        if self._seal is None:
+            return raw, batch.buffers(page)
+        return self._seal.close(self.namespace.digest + key, raw, batch.buffers(page))
+
+    def verify(self, batch: PageBatch, page: int, head: bytearray) -> Outcome:
+        """HIT or CORRUPT, for `head` (head_bytes) and the page's buffers as they came; opens a seal in place."""
+        key = batch.key(page)
+        if self._seal is not None:
+            opened = self._seal.open(self.namespace.digest + key, head, batch.buffers(page))
+            if opened is None:
+                return Outcome.CORRUPT
+            head = opened
+        try:
+            found = SlotHeader.decode(head, self._step)
+        except FormatError:
+            return Outcome.CORRUPT
+        if found.namespace != self.namespace.digest or found.key != key:
+            return Outcome.CORRUPT  # a good page, filed under another's name: the store lied
+        if found.lengths != self.namespace.layout.buffer_lengths:
+            return Outcome.CORRUPT
+        crcs = chunk_crcs(self._addresses(batch, page), self._lengths)
+        return Outcome.HIT if np.array_equal(crcs, found.crcs) else Outcome.CORRUPT
+
+    def _addresses(self, batch: PageBatch, page: int) -> np.ndarray:
+        return batch.addresses[int(batch.offsets[page]) : int(batch.offsets[page + 1])]
+
+
+class ObjectFormats:
+    """The formats of the namespaces in use, made once each. Thread-safe."""
+
+    def __init__(self, step: int = STEP, seal: Seal | None = None) -> None:
+        self._step, self._seal = step, seal
+        self._known: dict[bytes, ObjectFormat] = {}
+        self._lock = threading.Lock()
+
+    def of(self, batch: PageBatch) -> ObjectFormat:
+        """The format of this batch's namespace. ValueError when the batch's buffers do not fit it."""
+        found = self._known.get(batch.namespace.digest)
+        if found is None:
+            with self._lock:
+                if len(self._known) >= _FORMATS:
+                    self._known.clear()
+                found = self._known[batch.namespace.digest] = ObjectFormat(batch, self._step, self._seal)
+        found.check(batch)
+        return found
