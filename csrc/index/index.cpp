@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <tuple>
 
 namespace hicache::index {
 
@@ -48,7 +49,7 @@ std::uint32_t Index::place_number(std::uint32_t folder, std::uint32_t extent) {
             found->second = free_places_.back();
             free_places_.pop_back();
         }
-        places_[found->second] = Place{folder, extent, 0, {}};
+        places_[found->second] = Place{folder, extent, 0, {}, NEVER};
     }
     return found->second;
 }
@@ -141,7 +142,7 @@ void Index::lookup(
     for (std::size_t i = 0; i < count; ++i) table_.prefetch_node(hashes_[i]);
     for (std::size_t i = 0; i < count; ++i) {
         const std::uint32_t n = table_.find(hashes_[i], number, Key::from(&keys[i * KEY_BYTES]));
-        if (n != NONE && nodes_[n].has(RESIDENT)) found[i] = n;
+        if (n != NONE && nodes_[n].has(RESIDENT) && !expired(n)) found[i] = n;
     }
     if (parents != nullptr)
         for (std::size_t i = 0; i < count; ++i)
@@ -185,6 +186,7 @@ Numbers Index::ancestors(const Digest& space, const Key& key) {
         found.push_back(n);
     }
     for (const std::uint32_t n : found) nodes_[n].flags &= ~SEEN;
+    std::erase_if(found, [this](std::uint32_t n) { return expired(n); });
     return found;
 }
 
@@ -244,6 +246,7 @@ std::uint32_t Index::insert(const Page& page, bool oldest, Page* old, bool* repl
     Place& place = places_[node.place];
     if (page.slot >= place.slots.size()) place.slots.resize(page.slot + 1, NONE);
     place.slots[page.slot] = n;
+    place.stored_from = std::min(place.stored_from, page.time_ns);
     ++place.pages;
     ++resident_;
     ++spaces_[space]->pages;
@@ -336,6 +339,67 @@ std::uint32_t Index::victim(const Digest& space) {
     return n != NONE ? n : spaces_[number]->order.victim(true);
 }
 
+std::vector<Page> Index::evict(
+    const Digest& space, std::size_t count, std::span<const std::uint8_t> protected_keys) {
+    protect(space, protected_keys);
+    std::vector<Page> gone;
+    while (gone.size() < count) {
+        const std::uint32_t n = victim(space);
+        if (n == NONE) break;
+        gone.push_back(page(n));
+        remove(n, true);
+    }
+    protect(space, {});
+    return gone;
+}
+
+std::uint32_t Index::same(const Page& page) const {
+    const std::uint32_t n = find(page.space, page.key);
+    if (n == NONE) return NONE;
+    const Page known = this->page(n);
+    const bool is_same = known.folder == page.folder && known.extent == page.extent && known.slot == page.slot &&
+                         known.generation == page.generation;
+    return is_same ? n : NONE;
+}
+
+Numbers Index::expired(const Digest& space, std::size_t limit, std::size_t examine) {
+    const std::uint32_t number = known_space(space);
+    if (number == NONE || spaces_[number]->expiry == 0) return {};
+    Space& there = *spaces_[number];
+    Numbers found;
+    const auto first = there.swept_place;
+    const std::uint32_t resume = there.swept_slot;
+    auto at = place_numbers_.lower_bound(first);
+    for (std::size_t left = place_numbers_.size(); left != 0; --left, ++at) {
+        if (at == place_numbers_.end()) at = place_numbers_.begin();
+        Place& place = places_[at->second];
+        const std::uint32_t start = at->first == first ? resume : 0;
+        if (start == 0 && place.stored_from >= there.expiry) continue;
+        if (found.size() >= limit || examine == 0) {
+            there.swept_place = at->first;
+            there.swept_slot = start;
+            return found;
+        }
+        if (start == 0) place.stored_from = NEVER;
+        for (std::uint32_t slot = start; slot < place.slots.size(); ++slot) {
+            const std::uint32_t n = place.slots[slot];
+            if (n == NONE) continue;
+            if (found.size() >= limit || examine == 0) {
+                there.swept_place = at->first;
+                there.swept_slot = slot;
+                return found;
+            }
+            --examine;
+            const Node& node = nodes_[n];
+            place.stored_from = std::min(place.stored_from, node.time_ns);
+            if (node.has(OWN) && node.space == number && expired(n)) found.push_back(n);
+        }
+    }
+    there.swept_place = {0, 0};
+    there.swept_slot = 0;
+    return found;
+}
+
 std::uint64_t Index::touched(const Digest& space) const {
     const std::uint32_t number = known_space(space);
     return number == NONE ? 0 : spaces_[number]->touched;
@@ -374,43 +438,71 @@ std::pair<std::int64_t, std::uint32_t> Index::last_used(std::uint32_t folder, st
     return last;
 }
 
-Numbers Index::own_in_order() const {
-    Numbers found;
-    for (std::uint32_t n = 0; n < nodes_.end(); ++n)
-        if (nodes_[n].has(OWN)) found.push_back(n);
-    std::sort(found.begin(), found.end(), [this](std::uint32_t a, std::uint32_t b) {
-        const Node &one = nodes_[a], &two = nodes_[b];
-        if (one.space != two.space) return one.space < two.space;
-        if (one.rank != two.rank) return one.rank < two.rank;
-        return static_cast<std::int32_t>(one.tie - two.tie) < 0;
-    });
+Snapshot Index::capture(bool one, std::uint32_t folder) const {
+    Snapshot found{folder, {}};
+    if (one) {
+        std::size_t pages = 0;
+        for (auto at = place_numbers_.lower_bound({folder, 0}); at != place_numbers_.end() && at->first.first == folder; ++at)
+            pages += places_[at->second].pages;
+        found.pages.reserve(pages);
+    }
+    // In the order of memory: by places each page would cost a miss of the cache.
+    for (std::uint32_t n = 0; n < nodes_.end(); ++n) {
+        const Node& node = nodes_[n];
+        if (node.has(OWN) && (!one || places_[node.place].folder == folder))
+            found.pages.push_back({node.rank, node.generation, node.tie, node.space, n});
+    }
     return found;
 }
 
-void Index::adopt(std::uint32_t folder) {
-    Numbers pages = in_folder(folder);
-    std::erase_if(pages, [this](std::uint32_t n) { return nodes_[n].has(OWN); });
-    std::sort(pages.begin(), pages.end(), [this](std::uint32_t a, std::uint32_t b) {
-        return std::pair(nodes_[a].space, nodes_[a].rank) < std::pair(nodes_[b].space, nodes_[b].rank);
-    });
-    for (const std::uint32_t n : pages) {
+void Snapshot::sort() {
+    std::sort(pages.begin(), pages.end(), [](const Captured& a, const Captured& b) { return a.before(b); });
+}
+
+void Index::adopt(const Numbers& folders) {
+    struct Arrival {
+        std::uint32_t space;
+        double share;  // of its folder's pages of the namespace, those that came before
+        std::size_t queue;
+        std::uint32_t node;
+    };
+    std::vector<Arrival> arrivals;
+    for (std::size_t queue = 0; queue < folders.size(); ++queue) {
+        Numbers pages = in_folder(folders[queue]);
+        std::erase_if(pages, [this](std::uint32_t n) { return nodes_[n].has(OWN); });
+        std::sort(pages.begin(), pages.end(), [this](std::uint32_t a, std::uint32_t b) {
+            return std::pair(nodes_[a].space, nodes_[a].rank) < std::pair(nodes_[b].space, nodes_[b].rank);
+        });
+        for (std::size_t from = 0, to = 0; from < pages.size(); from = to) {
+            const std::uint32_t space = nodes_[pages[from]].space;
+            while (to < pages.size() && nodes_[pages[to]].space == space) ++to;
+            for (std::size_t at = from; at < to; ++at)
+                arrivals.push_back({space, static_cast<double>(at - from) / static_cast<double>(to - from), queue, pages[at]});
+        }
+    }
+    if (folders.size() > 1)
+        std::sort(arrivals.begin(), arrivals.end(), [](const Arrival& a, const Arrival& b) {
+            return std::tuple(a.space, a.share, a.queue) < std::tuple(b.space, b.share, b.queue);
+        });
+    std::vector<Captured> adopted;
+    for (const Arrival& arrival : arrivals) {
+        const std::uint32_t n = arrival.node;
         Node& node = nodes_[n];
+        if (node.has(OWN)) continue;  // a folder that was named twice
         if (node.parent != NONE) drop_child(node.parent, false);
         node.flags |= OWN;
         order(node).inserted(n, hash(node), false);
         if (node.parent != NONE) add_child(node.parent, true);
         if (node.own_children == 0) order(node).became_leaf(n);
+        adopted.push_back({node.rank, node.generation, node.tie, node.space, n});
     }
     // A log may name children before their parents: one pass of touches restores "ancestors last".
-    const Numbers own = own_in_order();
-    std::uint32_t touched = NONE;
-    for (std::size_t from = 0, to = 0; from < own.size(); from = to) {
-        const std::uint32_t space = nodes_[own[from]].space;
-        while (to < own.size() && nodes_[own[to]].space == space) ++to;
-        const auto mine = [&](std::uint32_t n) { return nodes_[n].space == space; };
-        if (space != touched && std::any_of(pages.begin(), pages.end(), mine))
-            touch(spaces_[space]->digest, std::span(own).subspan(from, to - from), false);
-        touched = space;
+    std::sort(adopted.begin(), adopted.end(), [](const Captured& a, const Captured& b) { return a.before(b); });
+    Numbers nodes;
+    for (const Captured& page : adopted) nodes.push_back(page.node);
+    for (std::size_t from = 0, to = 0; from < nodes.size(); from = to) {
+        while (to < nodes.size() && adopted[to].space == adopted[from].space) ++to;
+        touch(spaces_[adopted[from].space]->digest, std::span(nodes).subspan(from, to - from), false);
     }
 }
 

@@ -35,6 +35,30 @@ struct Page {
     std::uint32_t pins;
 };
 
+/// A page as a snapshot holds it: enough to sort it, and to tell later whether it is still there.
+struct Captured {
+    std::int64_t rank;
+    std::uint64_t generation;
+    std::uint32_t tie;
+    std::uint32_t space;
+    std::uint32_t node;
+
+    bool before(const Captured& other) const {
+        if (space != other.space) return space < other.space;
+        if (rank != other.rank) return rank < other.rank;
+        return static_cast<std::int32_t>(tie - other.tie) < 0;
+    }
+};
+
+/// A folder's own pages at one moment.
+struct Snapshot {
+    std::uint32_t folder;
+    std::vector<Captured> pages;
+
+    /// First to go first. Looks at nothing that the index changes: needs neither the lock nor the GIL.
+    void sort();
+};
+
 /// Reads under way of one page. The record outlives the page when it is removed meanwhile.
 struct Pin {
     std::uint32_t node;  // NONE: the page is gone
@@ -55,12 +79,13 @@ public:
     std::size_t size() const { return resident_; }
     std::size_t bytes() const;
 
-    /// The page of this key; NONE when it is not resident.
+    /// The page of this key, past its time or not; NONE when it is not resident.
     std::uint32_t find(const Digest& space, const Key& key) const;
     std::uint32_t at(std::uint32_t folder, std::uint32_t extent, std::uint32_t slot) const;
     Page page(std::uint32_t n) const;
+    bool expired(std::uint32_t n) const { return nodes_[n].time_ns < spaces_[nodes_[n].space]->expiry; }
 
-    /// Nodes of packed keys, NONE for absent ones. With `parents`, pages that have none learn theirs.
+    /// Nodes of packed keys, NONE for absent ones and those past their time. With `parents`, pages that have none learn theirs.
     void lookup(const Digest& space, std::span<const std::uint8_t> keys, const std::uint8_t* parents, Numbers& found);
     /// Mark these pages (NONE is passed over) and their known ancestors as used.
     void touch(const Digest& space, std::span<const std::uint32_t> nodes, bool used);
@@ -85,6 +110,16 @@ public:
 
     void protect(const Digest& space, std::span<const std::uint8_t> keys);
     std::uint32_t victim(const Digest& space);
+    /// Up to `count` victims, removed; as they were.
+    std::vector<Page> evict(const Digest& space, std::size_t count, std::span<const std::uint8_t> protected_keys);
+    /// Whether the index holds this very page, in this place.
+    std::uint32_t same(const Page& page) const;
+
+    /// Pages stored before this moment are past their time.
+    void set_oldest(const Digest& space, std::uint64_t time_ns) { spaces_[space_number(space)]->expiry = time_ns; }
+    /// Own pages that are past it; goes on where the last call stopped and looks at so many pages.
+    Numbers expired(const Digest& space, std::size_t limit, std::size_t examine);
+
     void set_capacity(const Digest& space, std::uint64_t pages) { spaces_[space_number(space)]->order.set_capacity(pages); }
     /// When pages of the namespace were touched last; 0: never, or it holds none.
     std::uint64_t touched(const Digest& space) const;
@@ -97,9 +132,16 @@ public:
     Numbers extents(std::uint32_t folder) const;
     /// The highest rank of an extent's own pages, with its tie; the lowest number there is when it has none.
     std::pair<std::int64_t, std::uint32_t> last_used(std::uint32_t folder, std::uint32_t extent) const;
-    /// Own pages, namespace by namespace, those that go first first.
-    Numbers own_in_order() const;
-    void adopt(std::uint32_t folder);
+    Snapshot snapshot(std::uint32_t folder) const { return capture(true, folder); }
+    /// The same of all own pages, whatever their folder.
+    Snapshot snapshot() const { return capture(false, 0); }
+    /// Whether a page of the snapshot is still where it was.
+    bool still_there(const Snapshot& snapshot, const Captured& page) const {
+        const Node& node = nodes_[page.node];
+        return node.has(RESIDENT | OWN) && node.generation == page.generation && node.space == page.space &&
+               places_[node.place].folder == snapshot.folder;
+    }
+    void adopt(const Numbers& folders);
 
 private:
     struct Space {
@@ -108,13 +150,19 @@ private:
         Order order;
         std::uint64_t touched = 0;
         std::size_t pages = 0;
+        std::uint64_t expiry = 0;
+        std::pair<std::uint32_t, std::uint32_t> swept_place{0, 0};  // where `expired` goes on
+        std::uint32_t swept_slot = 0;
     };
     struct Place {
         std::uint32_t folder;
         std::uint32_t extent;
         std::uint32_t pages = 0;
         Numbers slots;
+        // No page was stored before this moment; without meaning while `expired` is amid the extent.
+        std::uint64_t stored_from = NEVER;
     };
+    static constexpr std::uint64_t NEVER = ~std::uint64_t{0};
     struct DigestHash {
         std::size_t operator()(const Digest& digest) const {
             std::size_t h;
@@ -132,6 +180,7 @@ private:
     void add_child(std::uint32_t parent, bool own);
     void drop_child(std::uint32_t parent, bool own);
     void drop_if_unnamed(std::uint32_t n);
+    Snapshot capture(bool one, std::uint32_t folder) const;
     std::uint64_t hash(const Node& node) const { return Table::hash(node.space, node.key); }
     Order& order(const Node& node) { return spaces_[node.space]->order; }
 
@@ -165,7 +214,10 @@ struct Applied {
 /// Bring the index up to date with log records of a folder. at_end: the piece ends where the file does.
 Applied apply_log(Index& index, std::uint32_t folder, std::span<const std::uint8_t> records, bool at_end);
 
-/// One STORED record: 128 bytes to `out`.
-void write_record(const Page& page, std::uint8_t* out);
+constexpr std::size_t RECORD_BYTES = 128;
+
+/// One record of that size to `out`.
+void write_stored(const Page& page, std::uint8_t* out);
+void write_removed(const Page& page, std::uint64_t time_ns, std::uint8_t* out);
 
 }  // namespace hicache::index

@@ -10,7 +10,6 @@ namespace hicache::index {
 
 namespace {
 
-constexpr std::size_t RECORD_BYTES = 128;
 constexpr std::size_t AHEAD = 8;  // records whose place in the table is on its way
 enum Kind : std::uint8_t { STORED = 1, REMOVED = 2, EXTENT_GONE = 3 };
 
@@ -40,8 +39,11 @@ void apply(Index& index, std::uint32_t folder, const Record& record, Applied& ap
         case STORED: {
             if (record.slot >= Index::MOST_SLOTS) return;
             const std::uint32_t known = index.find(record.space, key);
-            // Two writers stored the same page: one copy is enough to know of.
-            if (known != NONE && index.page(known).folder != folder) return;
+            // Two writers stored the same page: one copy is enough to know of, while it may be used.
+            if (known != NONE) {
+                const Page there = index.page(known);
+                if (there.folder != folder && (there.own || !index.expired(known))) return;
+            }
             Page old;
             bool replaced;
             index.insert({record.space, key, Key::from(record.parent), folder, record.extent, record.slot,
@@ -80,18 +82,28 @@ Applied apply_log(Index& index, std::uint32_t folder, std::span<const std::uint8
     return applied;
 }
 
-void write_record(const Page& page, std::uint8_t* out) {
+namespace {
+
+void write(const Page& page, Kind kind, const Key& parent, std::uint64_t time_ns, std::uint8_t* out) {
     Record record{};
-    record.kind = STORED;
+    record.kind = kind;
     record.extent = page.extent;
     record.slot = page.slot;
     record.generation = page.generation;
-    record.time_ns = page.time_ns;
+    record.time_ns = time_ns;
     record.space = page.space;
     std::memcpy(record.key, page.key.words.data(), KEY_BYTES);
-    std::memcpy(record.parent, page.parent.words.data(), KEY_BYTES);
+    std::memcpy(record.parent, parent.words.data(), KEY_BYTES);
     record.crc = checksum(record);
     std::memcpy(out, &record, RECORD_BYTES);
+}
+
+}  // namespace
+
+void write_stored(const Page& page, std::uint8_t* out) { write(page, STORED, page.parent, page.time_ns, out); }
+
+void write_removed(const Page& page, std::uint64_t time_ns, std::uint8_t* out) {
+    write(page, REMOVED, Key{}, time_ns, out);
 }
 
 }  // namespace hicache::index

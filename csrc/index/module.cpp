@@ -148,15 +148,31 @@ nb::object insert(Index& index, const nb::tuple& page, bool oldest) {
 }
 
 bool remove(Index& index, const nb::tuple& page, bool evicted) {
-    const Page wanted = heard(page);
-    const std::uint32_t n = index.find(wanted.space, wanted.key);
-    if (n == NONE) return false;
-    const Page known = index.page(n);
-    if (known.folder != wanted.folder || known.extent != wanted.extent || known.slot != wanted.slot ||
-        known.generation != wanted.generation)
-        return false;
-    index.remove(n, evicted);
-    return true;
+    const std::uint32_t n = index.same(heard(page));
+    if (n != NONE) index.remove(n, evicted);
+    return n != NONE;
+}
+
+/// Pages that were removed, and their log records.
+nb::tuple removed(const std::vector<Page>& gone, std::uint64_t time_ns) {
+    nb::list pages;
+    std::string records(gone.size() * RECORD_BYTES, '\0');
+    for (std::size_t i = 0; i < gone.size(); ++i) {
+        pages.append(told(gone[i]));
+        write_removed(gone[i], time_ns, reinterpret_cast<std::uint8_t*>(&records[i * RECORD_BYTES]));
+    }
+    return nb::make_tuple(pages, nb::bytes(records.data(), records.size()));
+}
+
+nb::tuple forget(Index& index, const nb::list& pages, bool evicted, std::uint64_t time_ns) {
+    std::vector<Page> gone;
+    for (const nb::handle page : pages) {
+        const std::uint32_t n = index.same(heard(nb::cast<nb::tuple>(page)));
+        if (n == NONE) continue;
+        gone.push_back(index.page(n));
+        index.remove(n, evicted);
+    }
+    return removed(gone, time_ns);
 }
 
 /// Own pages that were just written: (pages whose place they took, their log records).
@@ -171,7 +187,7 @@ nb::tuple publish(Index& index, const nb::bytes& space, const nb::bytes& keys, c
     if (extents.size() != count || slots.size() != count || generations.size() != count)
         throw std::invalid_argument("an array has another length than the batch");
     nb::list replaced;
-    std::string records(count * 128, '\0');
+    std::string records(count * RECORD_BYTES, '\0');
     Numbers nodes;
     for (std::size_t i = 0; i < count; ++i) {
         Page page{name, Key::from(&wanted[i * KEY_BYTES]), {}, folder, extents[i], slots[i],
@@ -181,7 +197,7 @@ nb::tuple publish(Index& index, const nb::bytes& space, const nb::bytes& keys, c
         bool was_there;
         nodes.push_back(index.insert(page, false, &old, &was_there));
         if (was_there) replaced.append(told(old));
-        write_record(page, reinterpret_cast<std::uint8_t*>(&records[i * 128]));
+        write_stored(page, reinterpret_cast<std::uint8_t*>(&records[i * RECORD_BYTES]));
     }
     index.touch(name, nodes, false);
     return nb::make_tuple(replaced, nb::bytes(records.data(), records.size()));
@@ -220,14 +236,27 @@ nb::list descendants(Index& index, const nb::bytes& space, const nb::bytes& root
     return told_all(index, found);
 }
 
-nb::bytes own_records(Index& index) {
+nb::bytes snapshot_records(const Index& index, const Snapshot& snapshot, std::size_t start, std::size_t count) {
+    std::string records;
+    const std::size_t end = std::min(snapshot.pages.size(), start + std::min(count, snapshot.pages.size()));
+    for (std::size_t i = start; i < end; ++i) {
+        if (!index.still_there(snapshot, snapshot.pages[i])) continue;
+        std::uint8_t record[RECORD_BYTES];
+        write_stored(index.page(snapshot.pages[i].node), record);
+        records.append(reinterpret_cast<const char*>(record), RECORD_BYTES);
+    }
+    return nb::bytes(records.data(), records.size());
+}
+
+nb::bytes own_records(const Index& index, std::optional<std::uint32_t> folder) {
     std::string records;
     {
         nb::gil_scoped_release release;
-        const Numbers own = index.own_in_order();
-        records.resize(own.size() * 128);
-        for (std::size_t i = 0; i < own.size(); ++i)
-            write_record(index.page(own[i]), reinterpret_cast<std::uint8_t*>(&records[i * 128]));
+        Snapshot own = folder ? index.snapshot(*folder) : index.snapshot();
+        own.sort();
+        records.resize(own.pages.size() * RECORD_BYTES);
+        for (std::size_t i = 0; i < own.pages.size(); ++i)
+            write_stored(index.page(own.pages[i].node), reinterpret_cast<std::uint8_t*>(&records[i * RECORD_BYTES]));
     }
     return nb::bytes(records.data(), records.size());
 }
@@ -245,6 +274,9 @@ nb::tuple apply(Index& index, std::uint32_t folder, const nb::bytes& records, bo
 }  // namespace
 
 void bind(nb::module_& m) {
+    nb::class_<Snapshot>(m, "Snapshot", "The own pages of a folder at one moment; see storage_backends.local.index.")
+        .def("__len__", [](const Snapshot& snapshot) { return snapshot.pages.size(); })
+        .def("sort", &Snapshot::sort, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<Index>(m, "Index", "Pages of the local tier by key and by place; see storage_backends.local.index.")
         .def("__init__", [](Index* self, const std::string& order) { new (self) Index(policy(order)); })
         .def("__len__", &Index::size)
@@ -257,11 +289,13 @@ void bind(nb::module_& m) {
         .def("get", [](Index& index, const nb::bytes& space, const nb::bytes& key) {
             return told_or_none(index, index.find(digest(space), one_key(key))); })
         .def("has", [](Index& index, const nb::bytes& space, const nb::bytes& key) {
-            return index.find(digest(space), one_key(key)) != NONE; })
+            const std::uint32_t n = index.find(digest(space), one_key(key));
+            return n != NONE && !index.expired(n); })
         .def("at", [](Index& index, std::uint32_t folder, std::uint32_t extent, std::uint32_t slot) {
             return told_or_none(index, index.at(folder, extent, slot)); })
         .def("insert", &insert)
         .def("remove", &remove)
+        .def("forget", &forget)
         .def("publish", &publish)
         .def("link", [](Index& index, const nb::bytes& space, const nb::bytes& key, const nb::bytes& parent) {
             const std::uint32_t n = index.find(digest(space), one_key(key));
@@ -271,6 +305,12 @@ void bind(nb::module_& m) {
             index.protect(digest(space), packed(keys)); })
         .def("victim", [](Index& index, const nb::bytes& space) {
             return told_or_none(index, index.victim(digest(space))); })
+        .def("evict", [](Index& index, const nb::bytes& space, std::size_t count, const nb::bytes& keys, std::uint64_t time_ns) {
+            return removed(index.evict(digest(space), count, packed(keys)), time_ns); })
+        .def("set_oldest", [](Index& index, const nb::bytes& space, std::uint64_t time_ns) {
+            index.set_oldest(digest(space), time_ns); })
+        .def("expired", [](Index& index, const nb::bytes& space, std::size_t limit, std::size_t examine) {
+            return told_all(index, index.expired(digest(space), limit, examine)); })
         .def("set_capacity", [](Index& index, const nb::bytes& space, std::uint64_t pages) {
             index.set_capacity(digest(space), pages); })
         .def("touched", [](Index& index, const nb::bytes& space) { return index.touched(digest(space)); })
@@ -297,7 +337,9 @@ void bind(nb::module_& m) {
             return newest; })
         .def("last_used", [](Index& index, std::uint32_t folder, std::uint32_t extent) { return index.last_used(folder, extent); })
         .def("adopt", &Index::adopt, nb::call_guard<nb::gil_scoped_release>())
-        .def("own_records", &own_records)
+        .def("own_records", &own_records, nb::arg("folder") = nb::none())
+        .def("snapshot", [](const Index& index, std::uint32_t folder) { return index.snapshot(folder); })
+        .def("snapshot_records", &snapshot_records)
         .def("apply_log", &apply);
 }
 

@@ -15,6 +15,7 @@ page in use is held by a handle (`pin`, `unpin`), which outlives the page when t
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
@@ -25,8 +26,13 @@ import numpy as np
 from hicache_ext.page import NO_PARENT, split_keys
 from storage_backends.format import FormatError
 from storage_backends.local.policy import ORDERS
-from storage_backends.local.policy.order import Order
-from storage_backends.local.residency import RECORD_BYTES, Kind, Record, encode_stored
+from storage_backends.local.policy.order import Order, Rank
+from storage_backends.local.residency import RECORD_BYTES, Kind, Record, encode, encode_stored
+
+Place = tuple[int, int]
+"""Folder and extent."""
+
+_NEVER = (1 << 64) - 1
 
 
 class Page(NamedTuple):
@@ -84,13 +90,33 @@ class Entry:
 
 @dataclass
 class Space:
-    """The pages of one namespace. order: the own ones. other_children: resident in other folders, per page."""
+    """The pages of one namespace. order: the own ones. other_children: resident in other folders, per page.
+
+    expiry: pages stored before this moment are past their time. swept: where `expired` goes on, an extent and a slot.
+    """
 
     order: Order
     entries: dict[bytes, Entry] = field(default_factory=dict)
     other_children: dict[bytes, int] = field(default_factory=dict)
     touched: int = 0
     oldest: int = 0
+    expiry: int = 0
+    swept: tuple[Place, int] = ((0, 0), 0)
+
+
+class Snapshot:
+    """The own pages of a folder at one moment, to be written down in the order in which they would go."""
+
+    def __init__(self, pages: list[tuple[int, Rank, Entry]]) -> None:
+        """pages: number of the namespace, rank and entry of each."""
+        self.pages = pages
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    def sort(self) -> None:
+        """First to go first. Needs no lock: looks at nothing that the index changes."""
+        self.pages.sort(key=lambda page: page[:2])
 
 
 class _Kept:
@@ -120,12 +146,15 @@ class Index:
         """order: a name of storage_backends.local.policy.ORDERS."""
         self._new_order = ORDERS[order]
         self.spaces: dict[bytes, Space] = {}
-        self._extents: dict[tuple[int, int], dict[int, Entry]] = {}
+        self._extents: dict[Place, dict[int, Entry]] = {}
+        #: No page of the extent was stored before this moment; without meaning while `expired` is amid the extent.
+        self._stored_from: dict[Place, int] = {}
         self._clock = 0
         self._pinned: dict[int, Entry] = {}
         self._handles = count(1)
 
     def __len__(self) -> int:
+        """Pages, those past their time included."""
         return sum(len(space.entries) for space in self.spaces.values())
 
     def memory(self) -> int:
@@ -157,7 +186,7 @@ class Index:
         present = [] if parents is None else split_keys(parents)[:1]
         for page, key in enumerate(split_keys(keys)):
             entry = self._get(namespace, key)
-            if entry is None:
+            if entry is None or self._is_expired(entry):
                 continue
             entry.pins += 1
             handle = next(self._handles)
@@ -204,11 +233,14 @@ class Index:
     # -- one page ------------------------------------------------------------------------------------------------
 
     def get(self, namespace: bytes, key: bytes) -> Page | None:
+        """The page of this key, past its time or not."""
         entry = self._get(namespace, key)
         return None if entry is None else entry.told()
 
     def has(self, namespace: bytes, key: bytes) -> bool:
-        return self._get(namespace, key) is not None
+        """Whether the page is resident and not past its time."""
+        entry = self._get(namespace, key)
+        return entry is not None and not self._is_expired(entry)
 
     def at(self, folder: int, extent: int, slot: int) -> Page | None:
         entry = self._extents.get((folder, extent), {}).get(slot)
@@ -230,7 +262,9 @@ class Index:
         if entry.parent == entry.key:
             entry.parent = NO_PARENT
         space = self._space(page.namespace)
-        self._extents.setdefault((entry.folder, entry.extent), {})[entry.slot] = entry
+        place = entry.folder, entry.extent
+        self._extents.setdefault(place, {})[entry.slot] = entry
+        self._stored_from[place] = min(self._stored_from.get(place, _NEVER), entry.time_ns)
         space.entries[entry.key] = entry
         self._enter(space, entry, oldest)
         return None if old is None else old.told()
@@ -242,6 +276,18 @@ class Index:
             return False
         self._remove(entry, evicted)
         return True
+
+    def forget(self, pages: Iterable[Page], evicted: bool, time_ns: int) -> tuple[list[Page], bytes]:
+        """`remove` for many: those that were removed, as they were then, and their records in that order.
+
+        Record i is for the log of page i's folder. time_ns: when, for the records.
+        """
+        gone = []
+        for page in pages:
+            known = self.get(page.namespace, page.key)
+            if known is not None and self.remove(page, evicted):
+                gone.append(known)
+        return gone, _encode_removed(gone, time_ns)
 
     def link(self, namespace: bytes, key: bytes, parent: bytes) -> None:
         """A later call told the parent of a page; kept if the page was stored without one."""
@@ -301,8 +347,18 @@ class Index:
                 return space.entries[key].told()
         return None
 
+    def evict(
+        self, namespace: bytes, count: int, protected: frozenset[bytes], time_ns: int
+    ) -> tuple[list[Page], bytes]:
+        """Remove up to `count` victims, one after the other; these pages and their records, as `forget` gives them."""
+        gone: list[Page] = []
+        while len(gone) < count and (page := self.victim(namespace, protected)) is not None:
+            self.remove(page, evicted=True)
+            gone.append(page)
+        return gone, _encode_removed(gone, time_ns)
+
     def set_capacity(self, namespace: bytes, pages: int) -> None:
-        """How many own pages of this namespace there is room for, as far as is known."""
+        """How many own pages of this namespace there is room for in all own folders, as far as is known."""
         self._space(namespace).order.set_capacity(max(1, pages))
 
     def coldest(self, candidates: Iterable[bytes]) -> bytes | None:
@@ -320,14 +376,14 @@ class Index:
         return max(ranks, default=(-2, 0))
 
     def ancestors(self, namespace: bytes, key: bytes) -> list[bytes]:
-        """The known chain from `key` up to its root, `key` first."""
+        """The known chain from `key` up to its root, `key` first, without pages past their time."""
         space = self.spaces.get(namespace)
         entry = None if space is None else space.entries.get(key)
-        found: dict[bytes, None] = {}
+        found: dict[bytes, Entry] = {}
         while space is not None and entry is not None and entry.key not in found:
-            found[entry.key] = None
+            found[entry.key] = entry
             entry = space.entries.get(entry.parent)
-        return list(found)
+        return [key for key, entry in found.items() if not self._is_expired(entry)]
 
     def descendants(self, roots: list[Page]) -> list[Page]:
         """Own pages below these pages of one namespace. Walks the namespace once: for rare, large removals only."""
@@ -345,6 +401,49 @@ class Index:
             found.update((child.key, child) for child in children)
         tops = {root.key for root in roots}
         return [entry.told() for entry in reversed(found.values()) if entry.key not in tops]
+
+    # -- time to live --------------------------------------------------------------------------------------------
+
+    def set_oldest(self, namespace: bytes, time_ns: int) -> None:
+        """Pages of this namespace that were stored before this moment are past their time: as if not resident for
+        `lookup`, `pin`, `has` and `ancestors`. They hold their slots until another copy takes their place or they are
+        removed. Other calls see them. Pages of the future (a clock went back) are not past their time."""
+        self._space(namespace).expiry = time_ns
+
+    def expired(self, namespace: bytes, limit: int, examine: int = 4096) -> list[Page]:
+        """Own pages that are past their time, at most `limit`, for the caller to remove.
+
+        Goes on where the last call stopped, and is done with `examine` pages, found or not: an empty answer ends one
+        sweep only when nothing is past its time. Extents without such pages are known as such, and cost nothing.
+        """
+        space = self.spaces.get(namespace)
+        if space is None or not space.expiry:
+            return []
+        found: list[Page] = []
+        first, resume = space.swept
+        places = sorted(self._extents)
+        at = bisect_left(places, first)
+        for place in places[at:] + places[:at]:
+            start = resume if place == first else 0
+            if not start and self._stored_from[place] >= space.expiry:
+                continue
+            if len(found) >= limit or not examine:
+                space.swept = place, start
+                return found
+            if not start:
+                self._stored_from[place] = _NEVER
+            there = self._extents[place]
+            for slot in sorted(slot for slot in there if slot >= start):
+                if len(found) >= limit or not examine:
+                    space.swept = place, slot
+                    return found
+                examine -= 1
+                entry = there[slot]
+                self._stored_from[place] = min(self._stored_from[place], entry.time_ns)
+                if entry.own and entry.namespace == namespace and self._is_expired(entry):
+                    found.append(entry.told())
+        space.swept = (0, 0), 0
+        return found
 
     # -- folders and extents -------------------------------------------------------------------------------------
 
@@ -373,25 +472,60 @@ class Index:
     def newest_generation(self, folder: int) -> int:
         return max((entry.generation for entry in self._in_folder(folder)), default=0)
 
-    def adopt(self, folder: int) -> None:
-        """This process became the writer of `folder`: its pages are ours to evict, in the order in which they came."""
+    def adopt(self, *folders: int) -> None:
+        """This process became the writer of these folders: their pages are ours to evict, as they came.
+
+        Folders that are adopted together are merged, each spread evenly: pages of one disk must not all go before those
+        of the next.
+        """
         for namespace, space in self.spaces.items():
-            entries = [entry for entry in space.entries.values() if entry.folder == folder and not entry.own]
-            for entry in entries:
+            queues = [
+                [entry for entry in space.entries.values() if entry.folder == folder and not entry.own]
+                for folder in dict.fromkeys(folders)
+            ]
+            shares = [
+                (at / len(queue), number, entry)
+                for number, queue in enumerate(queues)
+                for at, entry in enumerate(queue)
+            ]
+            merged = [entry for _, _, entry in sorted(shares, key=lambda share: share[:2])]
+            for entry in merged:
                 self._leave(space, entry, evicted=False)
                 entry.own = True
                 self._enter(space, entry)
             # A log may name children before their parents: one pass of touches restores "ancestors last".
-            if entries:
-                self.touch(namespace, self._in_order(space), used=False)
+            if merged:
+                fresh = sorted((entry.key for entry in merged), key=lambda key: space.order.pages[key].rank)
+                self.touch(namespace, fresh, used=False)
 
     # -- the log -------------------------------------------------------------------------------------------------
 
-    def own_records(self) -> bytes:
-        """Log records of the own pages, in the order in which a later start should read them: first to go first."""
+    def own_records(self, folder: int | None = None) -> bytes:
+        """Log records of a folder's own pages (of all own ones), as a later start should read them: first to go first,
+        namespace by namespace."""
         return encode_stored(
-            space.entries[key].told() for space in self.spaces.values() for key in self._in_order(space)
+            space.entries[key].told()
+            for space in self.spaces.values()
+            for key in self._in_order(space)
+            if folder in (None, space.entries[key].folder)
         )
+
+    def snapshot(self, folder: int) -> Snapshot:
+        """The folder's own pages now, to write a log beside the serving: `sort` it, without the lock, then ask for its
+        `snapshot_records` piece by piece. What is stored or removed from now on the caller must add to that log."""
+        return Snapshot(
+            [
+                (number, page.rank, entry)
+                for number, space in enumerate(self.spaces.values())
+                for key, page in space.order.pages.items()
+                if (entry := space.entries[key]).folder == folder
+            ]
+        )
+
+    def snapshot_records(self, snapshot: Snapshot, start: int, count: int) -> bytes:
+        """Records of those of pages [start, start + count) of the snapshot that are still where they were."""
+        pages = (entry for _, _, entry in snapshot.pages[start : start + count])
+        return encode_stored(entry.told() for entry in pages if self._get(entry.namespace, entry.key) is entry)
 
     def apply_log(self, folder: int, records: bytes, at_end: bool) -> tuple[int, int, list[int]]:
         """Bring the index up to date with a piece of a folder's log.
@@ -418,8 +552,8 @@ class Index:
         known = self._get(record.namespace, record.key)
         match record.kind:
             case Kind.STORED:
-                # Two writers stored the same page: one copy is enough to know of.
-                if known is None or known.folder == folder:
+                # Two writers stored the same page: one copy is enough to know of, while it may be used.
+                if known is None or known.folder == folder or (not known.own and self._is_expired(known)):
                     self.insert(
                         Page(
                             record.namespace, record.key, record.parent, folder, record.extent, record.slot,
@@ -447,6 +581,9 @@ class Index:
         space = self.spaces.get(namespace)
         return None if space is None else space.entries.get(key)
 
+    def _is_expired(self, entry: Entry) -> bool:
+        return entry.time_ns < self.spaces[entry.namespace].expiry
+
     def _in_folder(self, folder: int) -> list[Entry]:
         return [entry for (owner, _), there in self._extents.items() if owner == folder for entry in there.values()]
 
@@ -462,6 +599,7 @@ class Index:
         del there[entry.slot]
         if not there:
             del self._extents[entry.folder, entry.extent]
+            del self._stored_from[entry.folder, entry.extent]
         if not space.entries:
             space.touched = 0
 
@@ -486,3 +624,7 @@ class Index:
             space.other_children[entry.parent] -= 1
             if not space.other_children[entry.parent]:
                 del space.other_children[entry.parent]
+
+
+def _encode_removed(pages: list[Page], time_ns: int) -> bytes:
+    return encode([Record(Kind.REMOVED, *page[4:7], time_ns, page.namespace, page.key) for page in pages])

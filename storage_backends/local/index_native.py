@@ -33,8 +33,10 @@ class NativeIndex:
         self.fail, self.link, self.last_used = index.fail, index.link, index.last_used
         self.set_capacity = index.set_capacity
         self.extents, self.used_slots, self.trim = index.extents, index.used_slots, index.trim
-        self.newest_generation, self.adopt, self.own_records = index.newest_generation, index.adopt, index.own_records
-        self.apply_log = index.apply_log
+        self.newest_generation, self.own_records, self.apply_log = (
+            index.newest_generation, index.own_records, index.apply_log,
+        )  # fmt: skip
+        self.set_oldest, self.snapshot, self.snapshot_records = index.set_oldest, index.snapshot, index.snapshot_records
 
     def __len__(self) -> int:
         return len(self._index)
@@ -77,6 +79,10 @@ class NativeIndex:
     def remove(self, page: Page, evicted: bool = False) -> bool:
         return self._index.remove(page, evicted)
 
+    def forget(self, pages: Iterable[Page], evicted: bool, time_ns: int) -> tuple[list[Page], bytes]:
+        gone, records = self._index.forget(list(pages), evicted, time_ns)
+        return list(map(Page._make, gone)), records
+
     def touch(self, namespace: bytes, keys: Iterable[bytes], used: bool = True) -> None:
         self._index.touch(namespace, b"".join(keys), used)
 
@@ -86,6 +92,19 @@ class NativeIndex:
             self._index.protect(namespace, b"".join(protected))
             self._protected = (namespace, protected)
         return _page(self._index.victim(namespace))
+
+    def evict(
+        self, namespace: bytes, count: int, protected: frozenset[bytes], time_ns: int
+    ) -> tuple[list[Page], bytes]:
+        self._protected = (b"", frozenset())
+        gone, records = self._index.evict(namespace, count, b"".join(protected), time_ns)
+        return list(map(Page._make, gone)), records
+
+    def expired(self, namespace: bytes, limit: int, examine: int = 4096) -> list[Page]:
+        return list(map(Page._make, self._index.expired(namespace, limit, examine)))
+
+    def adopt(self, *folders: int) -> None:
+        self._index.adopt(list(folders))
 
     def coldest(self, candidates: Iterable[bytes]) -> bytes | None:
         return min(candidates, key=self.touched, default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,8 @@ class IndexMachine(RuleBasedStateMachine):
         self.slot = 0
         self.pins: list[tuple[int, int, int]] = []
         self.resident: dict[tuple[bytes, int], Page] = {}
+        self.oldest: dict[bytes, int] = {}
+        self.captured: list[tuple[int, Any, Any, list[bytes]]] = []
 
     def same(self, call: str, *arguments: object) -> Any:
         one, two = (getattr(index, call)(*arguments) for index in (self.model, self.native))
@@ -95,7 +97,11 @@ class IndexMachine(RuleBasedStateMachine):
         parents = [above(name) if prefix == "full" or (prefix == "partial" and name % 3) else 0 for name in found]
         given_parents = None if prefix == "absent" else packed(parents)
         answer = self.same("lookup", space, packed(found), given_parents, used)
-        assert answer.tolist() == [(space, name) in self.resident for name in found]
+        assert answer.tolist() == [self.usable(space, name) for name in found]
+
+    def usable(self, space: bytes, name: int) -> bool:
+        known = self.resident.get((space, name))
+        return known is not None and known.time_ns >= self.oldest.get(space, 0)
 
     @rule(touched=st.lists(names, max_size=5), space=spaces)
     def touch(self, touched: list[int], space: bytes) -> None:
@@ -116,6 +122,7 @@ class IndexMachine(RuleBasedStateMachine):
     def pin(self, pinned: list[int], space: bytes) -> None:
         one, two = (index.pin(space, packed(pinned), None) for index in (self.model, self.native))
         assert (one.pages, one[2:]) == (two.pages, two[2:])
+        assert one.pages == [at for at, name in enumerate(pinned) if self.usable(space, name)]
         for at, first, second in zip(one.pages, one.handles, two.handles, strict=True):
             self.pins.append((pinned[at], first, second))
 
@@ -149,6 +156,90 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.same("remove", victim, True)
         del self.resident[space, int.from_bytes(victim.key, "big")]
 
+    @rule(protected=st.frozensets(names, max_size=8), space=spaces, count=st.integers(0, 9), time=st.integers(0, 99))
+    def evict_many(self, protected: frozenset[int], space: bytes, count: int, time: int) -> None:
+        """As many victims, one after the other, on a twin that is told of the same pages."""
+        kept = frozenset(map(key, protected))
+        gone, records = self.native.evict(space, count, kept, time)
+        if self.exact:
+            assert self.model.evict(space, count, kept, time) == (gone, records)
+        else:
+            assert self.model.forget(gone, True, time) == (gone, records)
+        assert len(gone) == count or self.native.victim(space, kept) is None
+        self.check_gone(gone, records, time)
+
+    @rule(data=st.data(), evicted=st.booleans(), time=st.integers(0, 99), absent=names)
+    def forget(self, data: st.DataObject, evicted: bool, time: int, absent: int) -> None:
+        pages = list(self.resident.values())
+        pages = data.draw(st.lists(st.sampled_from(pages), max_size=6)) if pages else []
+        pages.append(page(absent, 1 << 20))  # a place that no page has
+        gone, records = self.same("forget", pages, evicted, time)
+        assert [p[:7] for p in gone] == [p[:7] for p in dict.fromkeys(pages[:-1])]
+        self.check_gone(gone, records, time)
+
+    def check_gone(self, gone: list[Page], records: bytes, time: int) -> None:
+        for at, removed in enumerate(gone):
+            raw = records[at * RECORD_BYTES : (at + 1) * RECORD_BYTES]
+            place = removed.extent, removed.slot, removed.generation
+            assert Record.decode(raw) == Record(Kind.REMOVED, *place, time, removed.namespace, removed.key)
+            del self.resident[removed.namespace, int.from_bytes(removed.key, "big")]
+        assert len(records) == RECORD_BYTES * len(gone)
+
+    @rule(age=st.integers(-3, 60), space=spaces)
+    def set_oldest(self, age: int, space: bytes) -> None:
+        """Stored times count up with the slots."""
+        self.oldest[space] = max(0, self.slot - age)
+        self.same("set_oldest", space, self.oldest[space])
+
+    @rule(limit=st.integers(0, 5), examine=st.integers(0, 20), space=spaces)
+    def expired(self, limit: int, examine: int, space: bytes) -> None:
+        for found in self.same("expired", space, limit, examine):
+            assert found.own
+            assert found.namespace == space
+            assert found.time_ns < self.oldest[space]
+
+    @rule(limit=st.integers(1, 5), examine=st.integers(1, 20), space=spaces)
+    def sweep(self, limit: int, examine: int, space: bytes) -> None:
+        """Enough calls find all that is past its time, and nothing else."""
+        due = {k for k, p in self.resident.items() if p.own and k[0] == space and not self.usable(*k)}
+        for _ in range(3 * len(self.resident) + 3):
+            found = self.same("expired", space, limit, examine)
+            assert len(found) <= limit
+            for gone in found:
+                assert self.same("remove", gone)
+                name = space, int.from_bytes(gone.key, "big")
+                due.remove(name)
+                del self.resident[name]
+        assert not due
+
+    @rule(folder=st.sampled_from([OURS, THEIRS]), sort=st.booleans())
+    def snapshot(self, folder: int, sort: bool) -> None:
+        one, two = (index.snapshot(folder) for index in (self.model, self.native))
+        records = records_of(self.native, folder)
+        assert len(one) == len(two) == len(records)
+        self.captured.append((folder, one, two, records))
+
+    @rule(start=st.integers(0, 20), count=st.integers(0, 40))
+    def write_snapshot(self, start: int, count: int) -> None:
+        """What a snapshot gives later: what its folder's records were, less those of pages that went or moved."""
+        if not self.captured:
+            return
+        folder, one, two, records = self.captured.pop(0)
+        one.sort()
+        two.sort()
+        now = set(records_of(self.native, folder))
+        pieces = [(start, count), (0, len(records))]
+        for first, many in pieces:
+            given = self.native.snapshot_records(two, first, many)
+            at = [given[at : at + RECORD_BYTES] for at in range(0, len(given), RECORD_BYTES)]
+            assert bare(at) == [raw for raw in bare(records[first : first + many]) if raw in bare(now)]
+            if self.exact and not self.mixed_spaces(records):
+                assert self.model.snapshot_records(one, first, many) == given
+
+    @staticmethod
+    def mixed_spaces(records: list[bytes]) -> bool:
+        return len({Record.decode(raw).namespace for raw in records}) > 1
+
     def told(self, known: Page) -> Page:
         return self.same("get", known.namespace, known.key)
 
@@ -178,9 +269,9 @@ class IndexMachine(RuleBasedStateMachine):
     def resize(self, capacity: int, space: bytes) -> None:
         self.same("set_capacity", space, capacity)
 
-    @rule()
-    def adopt(self) -> None:
-        self.same("adopt", THEIRS)
+    @rule(folders=st.sampled_from([[THEIRS], [2], [THEIRS, 2], [2, THEIRS, 2]]))
+    def adopt(self, folders: list[int]) -> None:
+        self.same("adopt", *folders)
         self.resync()
 
     @rule(entries=st.lists(st.tuples(names, st.sampled_from(list(Kind)), st.integers(0, 40)), max_size=8),
@@ -217,16 +308,29 @@ class IndexMachine(RuleBasedStateMachine):
             self.same("newest_generation", folder)
             assert sorted(self.model.extents(folder)) == self.native.extents(folder)
         if self.exact:
-            order = [Record.decode(raw).key for raw in records_of(self.native)]
-            assert order == [Record.decode(raw).key for raw in records_of(self.model)] or self.mixed()
+            for folder in (None, OURS, THEIRS):
+                assert records_of(self.native, folder) == records_of(self.model, folder) or self.mixed(folder)
 
-    def mixed(self) -> bool:
+    def mixed(self, folder: int | None) -> bool:
         """Namespaces may come in another order."""
-        return sorted(records_of(self.native)) == sorted(records_of(self.model))
+        one, two = (by_space(records_of(index, folder)) for index in (self.model, self.native))
+        return len(one) > 1 and one == two
 
 
-def records_of(index: Any) -> list[bytes]:
-    raw = index.own_records()
+def by_space(records: list[bytes]) -> dict[bytes, list[bytes]]:
+    found: dict[bytes, list[bytes]] = {}
+    for raw in records:
+        found.setdefault(Record.decode(raw).namespace, []).append(raw)
+    return found
+
+
+def bare(records: Iterable[bytes]) -> list[Record]:
+    """Without parents, which a page may learn at any time."""
+    return [Record.decode(raw)._replace(parent=NO_PARENT) for raw in records]
+
+
+def records_of(index: Any, folder: int | None = None) -> list[bytes]:
+    raw = index.own_records(folder)
     return [raw[at : at + RECORD_BYTES] for at in range(0, len(raw), RECORD_BYTES)]
 
 
@@ -278,6 +382,64 @@ def test_adoption_restores_ancestors_last(make: Make) -> None:
     assert index.victim(SPACE) is None
     index.adopt(7)
     assert [Record.decode(raw).key for raw in records_of(index)] == [key(3), key(2), key(1)]
+
+
+@both
+def test_folders_adopted_together_grow_old_together(make: Make) -> None:
+    """One folder per disk: neither disk's pages may all go before the other's."""
+    index = make("credit")
+    for folder in (0, 1):
+        for i in range(10):
+            name = 100 * folder + i + 1
+            index.insert(Page(SPACE, key(name), NO_PARENT, folder, 0, i, i, False))
+    index.adopt(0, 1)
+    gone, records = index.evict(SPACE, 10, frozenset(), 5)
+    assert sorted(page.folder for page in gone) == [0] * 5 + [1] * 5
+    for folder in (0, 1):
+        kept = [Record.decode(raw).key for raw in records_of(index, folder)]
+        assert kept == [key(100 * folder + i + 1) for i in range(5, 10)], "each folder's own order holds"
+    assert [Record.decode(records[at : at + RECORD_BYTES]).key for at in range(0, len(records), RECORD_BYTES)] == [
+        page.key for page in gone
+    ]
+
+
+@both
+def test_a_page_past_its_time_is_absent_until_it_is_stored_again(make: Make) -> None:
+    index = make("lru")
+    index.publish(SPACE, packed([1, 2]), packed([0, 1]), OURS, [0, 0], [0, 1], [1, 2], 100)
+    index.set_oldest(SPACE, 101)
+    assert not index.has(SPACE, key(1))
+    assert index.lookup(SPACE, packed([1, 2]), None, True).tolist() == [0, 0]
+    assert index.pin(SPACE, packed([1, 2]), None).pages == []
+    assert index.ancestors(SPACE, key(2)) == []
+    assert index.get(SPACE, key(1)).slot == 0
+    replaced, _ = index.publish(SPACE, key(1), None, OURS, [0], [2], [3], 200)
+    assert [page.slot for page in replaced] == [0], "its slot is told, to be used again"
+    assert index.lookup(SPACE, packed([1, 2]), None, True).tolist() == [1, 0]
+    assert index.ancestors(SPACE, key(2)) == [key(1)]
+    assert [page.key for page in index.expired(SPACE, 10)] == [key(2)]
+
+
+@both
+def test_a_page_of_the_future_is_not_past_its_time(make: Make) -> None:
+    index = make("lru")
+    index.insert(page(1, 1)._replace(time_ns=10**18))
+    index.set_oldest(SPACE, 5 * 10**17)
+    assert index.has(SPACE, key(1))
+    assert index.expired(SPACE, 10) == []
+
+
+@both
+def test_another_writers_copy_takes_the_place_of_one_past_its_time(make: Make) -> None:
+    index = make("lru")
+    records = [Record(Kind.STORED, 0, 0, 1, time, SPACE, key(1)).encode() for time in (100, 200)]
+    index.apply_log(1, records[0], True)
+    index.apply_log(2, records[1], True)
+    assert index.get(SPACE, key(1)).folder == 1
+    index.set_oldest(SPACE, 150)
+    index.apply_log(2, records[1], True)
+    assert index.get(SPACE, key(1)).folder == 2
+    assert index.has(SPACE, key(1))
 
 
 @both
