@@ -108,6 +108,25 @@ class ExtentFiles:
             raise
         return Extent(path, header.number, header, fd)
 
+    def reuse(self, folder: Path, old: Extent, header: ExtentHeader) -> Extent:
+        """Give an extent that nothing uses (no pins) another use, in O(1). `old` is closed.
+
+        header: with a new number, a new generation, and the old size.
+
+        Header first, then the name: stopped in between, the file's name and its header disagree, which makes it no
+        extent at all, and the folder's next owner deletes it. Slots of the former use are still there; their
+        generations are below the new one. Who has the old file open elsewhere reads slots that say whose they are.
+        OSError when the device refuses; the file is then no extent, as after a stop.
+        """
+        assert not old.pins, "an extent in use"
+        assert header.extent_bytes == old.header.extent_bytes, "an extent keeps its size"
+        path = extent_path(folder, header.number)
+        _write_header(old.path, header)
+        os.rename(old.path, path)
+        fd, old.fd = old.fd, -1
+        old.doom()
+        return Extent(path, header.number, header, fd)
+
     def delete(self, folder: Path, number: int) -> None:
         """Free its space. OSError when the file system refuses; one that is gone already is no error."""
         extent_path(folder, number).unlink(missing_ok=True)

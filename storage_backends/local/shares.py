@@ -12,13 +12,14 @@ two processes that looked at different moments never overbook the disk by this a
        and at most one step at a time: extents must not go back and forth with every burst.
     5. Room that nobody holds is open to all who want more (to all, when nobody does), as their parts lack it.
     6. A capacity that was lowered comes first: what is held beyond it goes without slack or step.
-    7. A writer whose file is torn, strange or not yet there counts as average and as wanting more.
+    7. Pinned pages stay whatever the others want: their room is nobody's to share.
+    8. A writer whose file is torn, strange or not yet there counts as average and as wanting more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIN_EXTENT = 4 << 20
 _FLOOR = 10
@@ -32,12 +33,14 @@ class Use:
     """One writer. held: bytes of its extents on disk. hit, stored: bytes lately (aged sums, use.py).
 
     wants_more: it evicted or refused pages lately for want of room. hit is None where the writer did not say.
+    pinned: bytes of `held` that it may not give up.
     """
 
     held: int
     hit: int | None = None
     stored: int = 0
     wants_more: bool = True
+    pinned: int = 0
 
     @property
     def demand(self) -> int | None:
@@ -45,19 +48,23 @@ class Use:
 
 
 def shares(capacity: int, uses: Mapping[int, Use], smallest: int = MIN_EXTENT) -> dict[int, int]:
-    """Bytes of disk that each writer may hold now, together at most `capacity`.
+    """Bytes of disk that each writer may hold now, together at most `capacity` (or what is pinned, where that is more).
 
     capacity: bytes for these writers together. uses: by the writer's number. smallest: bytes of the smallest extent.
     """
-    if not uses:
-        return {}
-    capacity = max(0, capacity)
+    pinned = {w: min(use.pinned, use.held) for w, use in uses.items()}
+    loose = {w: replace(use, held=max(0, use.held - pinned[w])) for w, use in uses.items()}
+    parts = _parts(max(0, capacity - sum(pinned.values())), loose, smallest) if uses else {}
+    return {w: parts[w] + pinned[w] for w in uses}
+
+
+def _parts(capacity: int, uses: Mapping[int, Use], smallest: int) -> dict[int, int]:
     writers = sorted(uses)
     equal = capacity // len(writers)
     floor = min(equal, max(smallest, equal // _FLOOR))
     targets = _targets(capacity, uses, writers, floor)
     slack, step = equal // _SLACK, max(smallest, capacity // _STEP)
-    held = {writer: max(0, uses[writer].held) for writer in writers}
+    held = {writer: uses[writer].held for writer in writers}
     overbooked = sum(held.values()) > capacity
     wanted = {w for w in writers if uses[w].wants_more and held[w] < targets[w]}
     parts = {}

@@ -5,9 +5,9 @@ anybody's part of the capacity (shares.py).
 
     use: 64 bytes, little-endian, overwritten in place
      0 8s magic "HICRUSE1"    24 u64 bytes hit lately      40 u64 bytes of extents held
-     8 u32 version            32 u64 bytes stored lately   48 u32 flags: 1 = wants more room
-    12 u32 CRC32C of the rest                              52 12x
-    16 u64 time, ns since 1970
+     8 u32 version            32 u64 bytes stored lately   48 u64 bytes of them pinned
+    12 u32 CRC32C of the rest                              56 u32 flags: 1 = wants more room
+    16 u64 time, ns since 1970                             60 4x
 
 "Lately": each byte counts half as much after every HALF_LIFE. A file that is torn, strange or not there says nothing,
 which costs its writer nothing but being taken for average.
@@ -27,7 +27,7 @@ NAME = "use"
 HALF_LIFE = 60.0
 _MAGIC = b"HICRUSE1"
 _VERSION = 1
-_FILE = struct.Struct("<8sIIQQQQI12x")
+_FILE = struct.Struct("<8sIIQQQQQI4x")
 _CRC_AT, _CRC_END = 12, 16
 _WANTS_MORE = 1
 #: Sums go into u64 fields whatever was counted.
@@ -43,15 +43,13 @@ class Told(NamedTuple):
     hit: int
     stored: int
     held: int
+    pinned: int
     wants_more: bool
 
     def encode(self) -> bytes:
-        raw = bytearray(
-            _FILE.pack(
-                _MAGIC, _VERSION, 0, self.time_ns, *(min(n, _MOST) for n in (self.hit, self.stored, self.held)),
-                _WANTS_MORE * self.wants_more,
-            )
-        )  # fmt: skip
+        sums = (min(value, _MOST) for value in (self.hit, self.stored, self.held, self.pinned))
+        flags = _WANTS_MORE * self.wants_more
+        raw = bytearray(_FILE.pack(_MAGIC, _VERSION, 0, self.time_ns, *sums, flags))
         struct.pack_into("<I", raw, _CRC_AT, crc32c(raw))
         return bytes(raw)
 
@@ -60,10 +58,10 @@ class Told(NamedTuple):
         """None for anything but a whole file of this version."""
         if len(raw) != _FILE.size:
             return None
-        magic, version, crc, time_ns, hit, stored, held, flags = _FILE.unpack(raw)
+        magic, version, crc, time_ns, hit, stored, held, pinned, flags = _FILE.unpack(raw)
         if magic != _MAGIC or version != _VERSION or crc32c(raw[:_CRC_AT] + bytes(4) + raw[_CRC_END:]) != crc:
             return None
-        return cls(time_ns, hit, stored, held, bool(flags & _WANTS_MORE))
+        return cls(time_ns, hit, stored, held, pinned, bool(flags & _WANTS_MORE))
 
 
 def read_use(folder: Path) -> Told | None:
@@ -104,9 +102,9 @@ class Recent:
         self._hit += hit
         self._stored += stored
 
-    def told(self, held: int, wants_more: bool, time_ns: int) -> Told:
+    def told(self, time_ns: int, held: int, pinned: int, wants_more: bool) -> Told:
         """The sums as of now, for the file."""
         now = self._clock()
         fade = 0.5 ** (max(0.0, now - self._at) / HALF_LIFE)
         self._at, self._hit, self._stored = now, self._hit * fade, self._stored * fade
-        return Told(time_ns, int(self._hit), int(self._stored), held, wants_more)
+        return Told(time_ns, int(self._hit), int(self._stored), held, pinned, wants_more)

@@ -72,6 +72,13 @@ def test_hits_weigh_more_than_stores() -> None:
     assert parts[0] > 2 * parts[1]
 
 
+def test_what_is_pinned_stays() -> None:
+    held = settled(GIB, {0: replace(IDLE, held=GIB, pinned=GIB // 2), 1: BUSY})
+    assert held[0] >= GIB // 2
+    assert held[1] > 0.4 * GIB
+    assert shares(GIB, {0: replace(IDLE, held=2 * GIB, pinned=2 * GIB), 1: BUSY}) == {0: 2 * GIB, 1: 0}
+
+
 USES = st.builds(
     Use,
     held=st.integers(0, 1 << 42),
@@ -136,20 +143,20 @@ def test_a_writer_that_comes_to_use_more_never_gets_less(
     assert shares(capacity, busier)[writer] >= shares(capacity, uses)[writer] - slop
 
 
-@given(st.builds(Told, *[st.integers(0, (1 << 63) - 1)] * 4, st.booleans()))
+@given(st.builds(Told, *[st.integers(0, (1 << 63) - 1)] * 5, st.booleans()))
 def test_the_file_says_what_was_written(told: Told) -> None:
     assert Told.decode(told.encode()) == told
 
 
 @given(st.integers(0, 63), st.integers(0, 7))
 def test_a_flipped_bit_makes_it_say_nothing(at: int, bit: int) -> None:
-    raw = bytearray(Told(1, 2, 3, 4, True).encode())
+    raw = bytearray(Told(1, 2, 3, 4, 5, True).encode())
     raw[at] ^= 1 << bit
     assert Told.decode(bytes(raw)) is None
 
 
 def test_files_that_are_not_there_torn_or_strange_say_nothing(tmp_path: Path) -> None:
-    told = Told(5, 6, 7, 8, False)
+    told = Told(5, 6, 7, 8, 9, False)
     assert read_use(tmp_path) is None
     write_use(tmp_path, told)
     assert read_use(tmp_path) == told
@@ -167,7 +174,7 @@ def test_bytes_fade() -> None:
     now = 0.0
     recent = Recent(lambda: now)
     recent.count(hit=1000, stored=400)
-    assert recent.told(1, True, 2) == Told(2, 1000, 400, 1, True)
+    assert recent.told(1, 2, 3, True) == Told(1, 1000, 400, 2, 3, True)
     now = HALF_LIFE
     recent.count(hit=100)
-    assert recent.told(1, True, 2)[1:3] == (550, 200)
+    assert recent.told(1, 2, 3, True)[1:3] == (550, 200)
