@@ -94,7 +94,7 @@ def _folders(found: Survey) -> Table:
     )
     for column in ("folder", "writer"):
         table.add_column(column, no_wrap=True)
-    for column in ("extents", "bytes", "slots", "pages", "pages lost"):
+    for column in ("extents", "bytes", "slots", "pages", "pages lost", "hit lately", "stored lately"):
         table.add_column(column, justify="right", no_wrap=True)
     for folder in found.folders:
         table.add_row(
@@ -105,6 +105,7 @@ def _folders(found: Survey) -> Table:
             str(folder.slots),
             str(sum(map(len, folder.pages.values()))),
             str(folder.lost),
+            *((size(folder.use.hit), size(folder.use.stored)) if folder.use else ("", "")),
         )
     return table
 
@@ -172,6 +173,8 @@ def _as_dict(found: Survey, namespaces: list[NamespaceSummary]) -> dict[str, Any
                 "slots": folder.slots,
                 "pages": sum(map(len, folder.pages.values())),
                 "pages_lost": folder.lost,
+                "retired_bytes": folder.retired_bytes,
+                "use": folder.use._asdict() if folder.use else None,
             }
             for folder in found.folders
         ],

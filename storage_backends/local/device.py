@@ -34,7 +34,14 @@ from storage_backends.base import OptionError
 from storage_backends.buffers import OwnedMemory
 from storage_backends.checksum import crc32c
 from storage_backends.format import BLOCK, VERSION, ExtentHeader, FormatError, UnknownVersion
-from storage_backends.local.extents import Extent, ExtentFiles, extent_numbers, extent_path
+from storage_backends.local.extents import (
+    Extent,
+    ExtentFiles,
+    extent_numbers,
+    extent_path,
+    retired_numbers,
+    retired_path,
+)
 from storage_backends.local.files import alignment_of, lock_when_free
 from storage_backends.local.folder import folder_number
 
@@ -160,6 +167,16 @@ class Device(ExtentFiles):
                 raise
         return Extent(path, header.number, header, fd, offset)
 
+    def reuse(self, folder: Path, old: Extent, header: ExtentHeader) -> Extent:
+        # Nobody may look for room while a placement changes its name, and be told by neither.
+        with self._alone():
+            self._put(old.fd, header.encode(), old.base)
+            return super().reuse(folder, old, header)
+
+    def retire(self, folder: Path, number: int) -> None:
+        with self._alone():
+            super().retire(folder, number)
+
     def disk_bytes(self, folder: Path) -> int:
         return sum(place.length for place in self._placements(folder).values())
 
@@ -205,15 +222,17 @@ class Device(ExtentFiles):
         return at
 
     def _placements(self, folder: Path) -> dict[int, Placement]:
-        """By number. A placement never changes, so each is read once."""
+        """By number, those that wait for their deletion too. A placement never changes, so each is read once."""
         owner = folder_number(folder.name)
         assert owner is not None
         found = {}
-        for number in extent_numbers(folder):
+        paths = {number: retired_path(folder, number) for number in retired_numbers(folder)}
+        paths |= {number: extent_path(folder, number) for number in extent_numbers(folder)}
+        for number, path in paths.items():
             place = self._known.get((owner, number))
             if place is None:
                 try:
-                    place = placement_of(extent_path(folder, number))
+                    place = placement_of(path)
                 except (FormatError, OSError):
                     continue  # half made, or gone
                 self._known[owner, number] = place

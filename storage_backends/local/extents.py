@@ -3,8 +3,10 @@
 Belongs here: where an extent's bytes lie. Does not belong here: who gets its slots (writer.py), what a folder's log
 says (folder.py), or what the bytes mean (format.py).
 
-An extent is one file. Numbers are never used again within a folder: when an extent is given to another namespace its
-file gets a new header and a new number, so that nobody takes its old pages for new ones.
+An extent is one file, `e<number>.ext`. Numbers are never used again within a folder: when an extent is given to
+another namespace its file gets a new header and a new number, so that nobody takes its old pages for new ones. Freeing
+the space of a large file can take seconds, so an extent that goes is first renamed to `e<number>.gone` and deleted when
+nobody waits; what a crash leaves of those the folder's next owner deletes.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -65,14 +68,32 @@ def extent_number(name: str) -> int | None:
     return int(found.group(1)) if found and name == extent_path(Path(), int(found.group(1))).name else None
 
 
+def retired_path(folder: Path, number: int) -> Path:
+    return folder / f"e{number:010d}.gone"
+
+
+def retired_number(name: str) -> int | None:
+    """The number in the name of an extent that waits for its deletion; None for another name."""
+    return extent_number(name.removesuffix(".gone") + ".ext") if name.endswith(".gone") else None
+
+
 def extent_numbers(folder: Path) -> list[int]:
     """Numbers of the extents in a folder, ascending. Only regular files: opening a pipe would wait for ever."""
+    return _numbers(folder, extent_number)
+
+
+def retired_numbers(folder: Path) -> list[int]:
+    """Numbers of the extents that wait for their deletion, ascending."""
+    return _numbers(folder, retired_number)
+
+
+def _numbers(folder: Path, number_in: Callable[[str], int | None]) -> list[int]:
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_file()]
     except FileNotFoundError:
         return []
-    return sorted(number for name in names if (number := extent_number(name)) is not None)
+    return sorted(number for name in names if (number := number_in(name)) is not None)
 
 
 class ExtentFiles:
@@ -125,18 +146,25 @@ class ExtentFiles:
         os.rename(old.path, path)
         fd, old.fd = old.fd, -1
         old.doom()
-        return Extent(path, header.number, header, fd)
+        return Extent(path, header.number, header, fd, old.base)
+
+    def retire(self, folder: Path, number: int) -> None:
+        """An extent is one no more, for anybody; its bytes are taken until `delete`, which may take long. OSError."""
+        os.rename(extent_path(folder, number), retired_path(folder, number))
 
     def delete(self, folder: Path, number: int) -> None:
-        """Free its space. OSError when the file system refuses; one that is gone already is no error."""
+        """Free its space, retired or not. OSError when the file system refuses; one that is gone is no error."""
         extent_path(folder, number).unlink(missing_ok=True)
+        retired_path(folder, number).unlink(missing_ok=True)
 
     def disk_bytes(self, folder: Path) -> int:
-        """What the folder's extents take (bytes)."""
+        """What the folder's extents take (bytes), retired ones too."""
         total = 0
-        for number in extent_numbers(folder):
-            with contextlib.suppress(OSError):
-                total += os.stat(extent_path(folder, number)).st_size
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                if extent_number(entry.name) is not None or retired_number(entry.name) is not None:
+                    with contextlib.suppress(OSError):
+                        total += entry.stat(follow_symlinks=False).st_size
         return total
 
 

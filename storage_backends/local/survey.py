@@ -9,6 +9,7 @@ files of others, of another version, or half of what it should.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -24,13 +25,15 @@ from hicache_ext.page import NO_PARENT
 from storage_backends.format import BLOCK, FORMAT_LINE, VERSION, ExtentHeader, FormatError, UnknownVersion
 from storage_backends.local.device import LOCK as DEVICE_LOCK
 from storage_backends.local.device import MARK, device_of, placement_of
-from storage_backends.local.extents import extent_number
+from storage_backends.local.extents import extent_number, retired_number
 from storage_backends.local.files import is_locked
 from storage_backends.local.folder import LOCK, folder_number
 from storage_backends.local.residency import MAGIC, NAME, RECORD_BYTES, Kind, LogReader, Record
+from storage_backends.local.use import NAME as USE
+from storage_backends.local.use import Told, read_use
 
 _FORMAT = "FORMAT"
-_OURS_IN_FOLDER = {LOCK, NAME, "residency.new"}
+_OURS_IN_FOLDER = {LOCK, NAME, "residency.new", USE}
 
 Pages = dict[int, dict[int, Record]]
 """A folder's pages: extent number -> slot number -> what the log says of it."""
@@ -122,13 +125,18 @@ class LogView:
 
 @dataclass
 class FolderSurvey:
-    """One `w<k>`. live: a process holds its lock. lost: pages that the log names in extents that are not there."""
+    """One `w<k>`. live: a process holds its lock. lost: pages that the log names in extents that are not there.
+
+    use: what a living writer says of its use of the disk. retired_bytes: in extents that wait for their deletion.
+    """
 
     path: Path
     live: bool = False
     extents: list[ExtentFile] = field(default_factory=list)
     pages: Pages = field(default_factory=dict)
     lost: int = 0
+    use: Told | None = None
+    retired_bytes: int = 0
 
     @property
     def slots(self) -> int:
@@ -193,8 +201,16 @@ def _folder(path: Path, device: Path | None, problems: list[Problem]) -> FolderS
             extent = _extent(path / name, number, device, problems)
             if extent is not None:
                 folder.extents.append(extent)
+        elif retired_number(name) is not None:
+            with contextlib.suppress(OSError):
+                folder.retired_bytes += os.stat(path / name).st_size
         elif name not in _OURS_IN_FOLDER:
             problems.append(Problem(path / name, Trouble.NOT_OURS, "not a file of the local tier"))
+    if folder.live:
+        folder.use = read_use(path)
+        if folder.use is None and USE in names:
+            text = "says nothing that can be read: its writer counts as average"
+            problems.append(Problem(path / USE, Trouble.DAMAGED, text))
     for number, slots in _log_pages(path, problems).items():
         header = next((extent.header for extent in folder.extents if extent.number == number), None)
         kept = {

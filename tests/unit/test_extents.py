@@ -10,7 +10,8 @@ import pytest
 
 from storage_backends.format import BLOCK, ExtentHeader, FormatError
 from storage_backends.local import extents as extents_module
-from storage_backends.local.extents import Extent, ExtentFiles, extent_numbers
+from storage_backends.local.device import START, Device
+from storage_backends.local.extents import Extent, ExtentFiles, extent_numbers, retired_numbers
 from storage_backends.local.files import DirectIo
 
 SIZE = BLOCK + 8 * 2 * BLOCK
@@ -78,6 +79,48 @@ def test_stopped_at_any_step_it_is_the_old_extent_or_the_new_one_or_none(
     assert seen("before", _write_header=before) == header(3, 10)
     assert seen("torn", _write_header=torn) is None
     assert seen("between", rename=stopped) is None
+
+
+def test_a_retired_extent_is_none_and_its_bytes_are_taken_until_it_is_deleted(
+    files: ExtentFiles, tmp_path: Path
+) -> None:
+    made(files, tmp_path).doom()
+    files.retire(tmp_path, 3)
+    assert (extent_numbers(tmp_path), retired_numbers(tmp_path)) == ([], [3])
+    assert files.disk_bytes(tmp_path) == SIZE
+    with pytest.raises(FileNotFoundError):
+        files.open(tmp_path, 3, write=False)
+    files.delete(tmp_path, 3)
+    assert files.disk_bytes(tmp_path) == 0
+    assert os.listdir(tmp_path) == []
+    files.delete(tmp_path, 3)
+
+
+def test_on_a_device_reuse_keeps_the_place_and_retiring_does_not_free_it(tmp_path: Path) -> None:
+    raw, folder = tmp_path / "raw", tmp_path / "meta" / "w0"
+    with open(raw, "wb") as file:
+        file.truncate(START + 3 * SIZE)
+    device = Device(raw, tmp_path / "meta")
+    folder.mkdir()
+    first, second = device.create(folder, header(1, 10)), device.create(folder, header(2, 11))
+    base = first.base
+    again = device.reuse(folder, first, header(3, 20, b"b" * 16, 4, 4))
+    assert again.base == base
+    again.doom()
+    for number, generation in ((3, 20), (2, 11)):
+        opened = device.open(folder, number, write=False)
+        assert opened.header.generation == generation
+        opened.doom()
+    second.doom()
+    device.retire(folder, 2)
+    assert device.disk_bytes(folder) == 2 * SIZE
+    third = device.create(folder, header(4, 30))
+    third.doom()
+    assert third.base not in (base, second.base)
+    device.delete(folder, 2)
+    fourth = device.create(folder, header(5, 40))
+    fourth.doom()
+    assert fourth.base == second.base
 
 
 def test_an_extent_in_use_is_not_given_away(files: ExtentFiles, tmp_path: Path) -> None:

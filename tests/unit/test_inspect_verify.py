@@ -24,9 +24,12 @@ from hicache_ext.page import NO_PARENT
 from storage_backends.base import Dispatcher, Outcome
 from storage_backends.format import BLOCK, ExtentHeader, SlotHeader
 from storage_backends.local import LocalBackend
+from storage_backends.local.files import try_lock
+from storage_backends.local.folder import LOCK
 from storage_backends.local.residency import Kind, LogReader, LogWriter, Record
 from storage_backends.local.scrub import Pace, Scrub, SlotVerdict
 from storage_backends.local.survey import Chains, NotATier, Trouble, chains, summarise, survey
+from storage_backends.local.use import Told, write_use
 from tests.pages import HostPool, chain, key_batch, namespace
 
 MIB = 1 << 20
@@ -108,6 +111,27 @@ def flip(file: Path, at: int) -> None:
 
 
 # --- inspect
+
+
+def test_inspect_shows_what_a_living_writer_says_of_its_use(filled: Path) -> None:
+    folder = filled / "w0"
+    write_use(folder, Told(1, 3 * MIB, 2 * MIB, MIB, 0, True))
+    os.rename(extents(filled)[-1], folder / "e0000000009.gone")
+    assert as_json("inspect", filled)["folders"][0]["use"] is None, "the writer is gone, so its word is too"
+    lock = try_lock(folder / LOCK)
+    assert lock is not None
+    try:
+        (told,) = as_json("inspect", filled)["folders"]
+        assert told["use"] == {
+            "time_ns": 1, "hit": 3 * MIB, "stored": 2 * MIB, "held": MIB, "pinned": 0, "wants_more": True
+        }  # fmt: skip
+        assert told["retired_bytes"] > 0
+        assert "3.0 MiB" in command("inspect", filled).stdout
+        assert survey(filled).problems == []
+        flip(folder / "use", 30)
+        assert [problem.kind for problem in survey(filled).problems] == [Trouble.DAMAGED]
+    finally:
+        os.close(lock)
 
 
 def test_inspect_counts_what_was_stored(filled: Path) -> None:
