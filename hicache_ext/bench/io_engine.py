@@ -117,7 +117,6 @@ class OurEngine(Subject):
         numbers = range(at, min(at + self._group, self._count))
         packed = b"".join(_key(round_, number) for number in numbers)
         addresses = np.array([self._memory.address_of(number, target) for number in numbers], np.uint64)
-        # Each group is a chain of its own: a full tier takes no page whose parent is only on its way.
         return PageBatch(
             self._space, packed, chain_parents(packed, None),
             addresses, np.full(len(numbers), self._memory.block, np.uint64),

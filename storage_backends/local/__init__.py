@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from storage_backends.local.backend import LocalBackend, LocalOptions
+    from storage_backends.local.backend import LocalBackend
+    from storage_backends.local.options import LocalOptions
 
 __all__ = ["LocalBackend", "LocalOptions"]
 

@@ -54,8 +54,8 @@ class Directory:
         except OSError:
             return True
 
-    def refresh(self) -> None:
-        """Notice new folders, and what other writers stored and removed."""
+    def refresh(self) -> bool:
+        """Notice new folders, and what other writers stored and removed; whether there was anything of that."""
         with contextlib.suppress(OSError):
             mtime = os.stat(self.path).st_mtime_ns
             if mtime != self._seen_mtime:
@@ -66,13 +66,12 @@ class Directory:
                         continue
                     if self.writer is None or self.writer.number != number:
                         self.folders[number] = Folder(self.path / name, self.files)
-        for folder in self.folders.values():
-            self._poll(folder)
+        return sum(self._poll(folder) for folder in self.folders.values()) > 0
 
-    def _poll(self, folder: Folder) -> None:
+    def _poll(self, folder: Folder) -> bool:
         """Read on in a folder's log. One that cannot be read, or not understood, hides none of the others."""
         try:
-            folder.poll(self.index)
+            return folder.poll(self.index)
         except OSError:
             pass
         except UnknownVersion as error:
@@ -81,6 +80,7 @@ class Directory:
             if folder.number not in self._unknown:
                 self._unknown.add(folder.number)
                 logger.warning("%s: %s: a newer program writes here; its pages are not seen", folder.path, error)
+        return False
 
     def claim(self, namespace: bytes, removed: RemovedListener) -> Writer:
         """Become a writer: of an abandoned folder that holds this namespace, else of a new one.

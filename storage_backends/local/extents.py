@@ -44,8 +44,8 @@ class Extent:
         """Where a slot begins in what `fd` is open on (bytes)."""
         return self.base + self.header.slot_offset(slot)
 
-    def unpin(self) -> None:
-        self.pins -= 1
+    def unpin(self, pins: int = 1) -> None:
+        self.pins -= pins
         self.close_if_unused()
 
     def doom(self) -> None:

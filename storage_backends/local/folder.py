@@ -40,9 +40,11 @@ class Folder:
         """Whether a living process writes here."""
         return is_locked(self.path / LOCK)
 
-    def poll(self, index: AnyIndex) -> None:
-        """Bring the index up to date with this folder's log."""
+    def poll(self, index: AnyIndex) -> bool:
+        """Bring the index up to date with this folder's log; whether there was anything new in it."""
+        changed = False
         for block in self._log.blocks():
+            changed = True
             self._forget_if_restarted(index)
             taken, _, gone = index.apply_log(self.number, block.data, block.at_end)
             self._log.took(taken)
@@ -50,12 +52,14 @@ class Folder:
                 extent = self.extents.pop(number, None)
                 if extent is not None:
                     extent.doom()
-        self._forget_if_restarted(index)  # replaced by a log without records
+        return self._forget_if_restarted(index) or changed  # replaced by a log without records
 
-    def _forget_if_restarted(self, index: AnyIndex) -> None:
-        if self._log.restarted:
-            self._log.restarted = False
-            index.drop(self.number)
+    def _forget_if_restarted(self, index: AnyIndex) -> bool:
+        if not self._log.restarted:
+            return False
+        self._log.restarted = False
+        index.drop(self.number)
+        return True
 
     def extent(self, number: int) -> Extent | None:
         """The extent, opened if need be; None when it is gone or not readable as one (its pages are then misses)."""

@@ -1,7 +1,8 @@
 """The writer's side of a folder: slots and extents, from allocation to eviction, and the log of it.
 
-Belongs here: everything that changes files of the folder except the pages' own bytes (backend.py sends those).
-Does not belong here: reading pages, or how much of the directory this writer may use (backend.py says).
+Belongs here: everything that changes files of the folder except the pages' own bytes (writes.py sends those).
+Does not belong here: reading pages, how much of the directory this writer may use (directory.py), or who gets the room
+and what goes for it (room.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,12 +33,16 @@ _EXTENTS_PER_SHARE = 32
 _DISK_FULL_SECONDS = 10.0
 
 Place = tuple[Extent, int]
-RemovedListener = Callable[[Page, str], None]
-"""(page, reason): a page that this writer stopped holding."""
+RemovedListener = Callable[[list[Page], str], None]
+"""(pages, reason): pages that this writer stopped holding."""
 
 
 class Writer:
-    """Owner of one folder. Not thread-safe: the backend's lock is around every method but `scan`'s reads."""
+    """Owner of one folder. Not thread-safe: the tier's lock is around every method.
+
+    extents: by number; by_namespace has the same. free: slots that hold nothing, per namespace. disk_bytes: what the
+    extents take on the disk.
+    """
 
     def __init__(self, path: Path, lock_fd: int, files: ExtentFiles, index: AnyIndex, removed: RemovedListener) -> None:
         self.path = path
@@ -46,6 +52,8 @@ class Writer:
         self._index = index
         self._removed = removed
         self.extents: dict[int, Extent] = {}
+        self.by_namespace: dict[bytes, dict[int, Extent]] = {}
+        self.disk_bytes = 0
         self.free: dict[bytes, dict[tuple[int, int], None]] = {}
         self.log_errors = 0
         self.disk_full_until = 0.0
@@ -88,7 +96,7 @@ class Writer:
                 # One bad sector or permission must not cost the folder. The number stays taken, the file is left alone.
                 logger.warning("%s: %s; its pages count as misses", path, error)
                 continue
-            self.extents[number] = extent
+            self._enter(extent)
         for number in self._index.extents(self.number):
             known = self.extents.get(number)
             self._index.trim(
@@ -99,59 +107,48 @@ class Writer:
             free = self.free.setdefault(extent.header.namespace, {})
             free.update(((extent.number, slot), None) for slot in range(extent.header.slots) if slot not in live)
 
+    def _enter(self, extent: Extent) -> None:
+        self.extents[extent.number] = extent
+        self.by_namespace.setdefault(extent.header.namespace, {})[extent.number] = extent
+        self.disk_bytes += extent.header.extent_bytes
+
+    def _leave(self, number: int) -> Extent:
+        extent = self.extents.pop(number)
+        namespace = extent.header.namespace
+        del self.by_namespace[namespace][number]
+        if not self.by_namespace[namespace]:
+            del self.by_namespace[namespace]
+        self.disk_bytes -= extent.header.extent_bytes
+        return extent
+
     def _tell_capacity(self, namespace: bytes) -> None:
         """Orders weigh uses against how many pages the namespace has room for."""
-        headers = [e.header for e in self.extents.values() if e.header.namespace == namespace]
-        self._index.set_capacity(namespace, sum(header.slots for header in headers))
+        extents = self.by_namespace.get(namespace, {}).values()
+        self._index.set_capacity(namespace, sum(extent.header.slots for extent in extents))
 
-    @property
-    def disk_bytes(self) -> int:
-        return sum(extent.header.extent_bytes for extent in self.extents.values())
-
-    def next_generation(self) -> int:
+    def next_generations(self, count: int) -> list[int]:
         """Larger than any before in this folder, whatever the clock does."""
-        self._generation = max(self._generation + 1, time.time_ns())
-        return self._generation
+        first = max(self._generation + 1, time.time_ns())
+        self._generation = first + count - 1
+        return list(range(first, first + count))
 
     # -- room ----------------------------------------------------------------------------------------------------
 
-    def allocate(
-        self, namespace: Namespace, shape: SlotShape, share: int, protected: Callable[[], frozenset[bytes] | None]
-    ) -> Place | None:
-        """A slot for one page, pinned; evicts for it within `share` bytes of disk. None when there is no room.
+    def take(self, namespace: bytes, count: int) -> list[Place]:
+        """Up to `count` free slots, pinned."""
+        free = self.free.get(namespace)
+        if not free or not count:
+            return []
+        taken = [free.popitem()[0] for _ in range(min(count, len(free)))]
+        for number, pins in Counter([number for number, _ in taken]).items():
+            self.extents[number].pins += pins
+        return [(self.extents[number], slot) for number, slot in taken]
 
-        protected: gives the keys that may not be evicted for it, or None when nothing may (asked only when
-        something must go).
+    def grow(self, namespace: Namespace, shape: SlotShape, share: int) -> bool:
+        """Add an extent for this namespace within `share` bytes of disk; whether there was room.
 
-        OSError when an extent could not be made for another reason than a full disk and nothing could be evicted.
+        OSError when it could not be made; a full disk is not asked again for a while.
         """
-        digest = namespace.digest
-        failed: OSError | None = None
-        while True:
-            free = self.free.get(digest)
-            if free:
-                (number, slot), _ = free.popitem()
-                extent = self.extents[number]
-                extent.pins += 1
-                return extent, slot
-            if failed is None:
-                try:
-                    if self._grow(namespace, shape, share):
-                        continue
-                except OSError as error:
-                    failed = error
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                        self.disk_full_until = time.monotonic() + _DISK_FULL_SECONDS
-            keep = protected()
-            if keep is not None and (
-                self._reclaim_from_larger(digest) or self._evict_one(digest, keep) or self._reclaim_coldest(digest)
-            ):
-                continue
-            if failed is not None and failed.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise failed
-            return None
-
-    def _grow(self, namespace: Namespace, shape: SlotShape, share: int) -> bool:
         if time.monotonic() < self.disk_full_until:
             return False
         target = min(_MAX_EXTENT, max(_MIN_EXTENT, share // _EXTENTS_PER_SHARE))
@@ -162,39 +159,22 @@ class Writer:
             return False
         number = 1 + max((*self.extents, *extent_numbers(self.path)), default=-1)
         header = ExtentHeader(
-            self.next_generation(), shape.slot_bytes, size, slots, number, namespace.digest,
+            self.next_generations(1)[0], shape.slot_bytes, size, slots, number, namespace.digest,
             time.time_ns(), namespace.description,
         )  # fmt: skip
-        self.extents[number] = self._files.create(self.path, header)
+        try:
+            self._enter(self._files.create(self.path, header))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self.disk_full_until = time.monotonic() + _DISK_FULL_SECONDS
+            raise
         self.free.setdefault(namespace.digest, {}).update(((number, slot), None) for slot in range(slots)[::-1])
         self._tell_capacity(namespace.digest)
         return True
 
-    def _evict_one(self, digest: bytes, protected: frozenset[bytes]) -> bool:
-        page = self._index.victim(digest, protected)
-        if page is None:
-            return False
-        self.forget([page], "evicted")
-        return True
-
-    def _reclaim_from_larger(self, digest: bytes) -> bool:
-        """Take an extent from a colder namespace that has more: a new namespace must not starve in one extent."""
-        counts: dict[bytes, int] = {}
-        for extent in self.extents.values():
-            counts[extent.header.namespace] = counts.get(extent.header.namespace, 0) + 1
-        mine = counts.pop(digest, 0)
-        larger = [namespace for namespace, count in counts.items() if count > mine + 1]
-        coldest = self._index.coldest(larger)
-        return coldest is not None and self._reclaim(coldest)
-
-    def _reclaim_coldest(self, digest: bytes) -> bool:
-        others = {extent.header.namespace for extent in self.extents.values()} - {digest}
-        coldest = self._index.coldest(others)
-        return coldest is not None and self._reclaim(coldest)
-
-    def _reclaim(self, namespace: bytes) -> bool:
+    def reclaim(self, namespace: bytes) -> bool:
         """Delete the extent of `namespace` that was used the longest ago, with all that hangs below its pages."""
-        idle = {n: e for n, e in self.extents.items() if e.header.namespace == namespace and not e.pins}
+        idle = [number for number, extent in self.by_namespace.get(namespace, {}).items() if not extent.pins]
         if not idle:
             return False
         number = min(idle, key=lambda extent: self._index.last_used(self.number, extent))
@@ -206,36 +186,34 @@ class Writer:
     def shrink(self, share: int) -> None:
         """Evict until the folder takes at most `share` bytes."""
         while self.disk_bytes > share and self.extents:
-            namespaces = {extent.header.namespace for extent in self.extents.values()}
-            coldest = self._index.coldest(namespaces)
-            if coldest is None or not self._reclaim(coldest):
+            coldest = self._index.coldest(self.by_namespace)
+            if coldest is None or not self.reclaim(coldest):
                 return
 
     # -- pages ---------------------------------------------------------------------------------------------------
 
     def publish(
-        self, namespace: bytes, keys: bytes, parents: bytes | None, places: list[Place], generations: list[int],
-        time_ns: int,
+        self, namespace: bytes, keys: bytes, parents: bytes | None, extents: list[Extent], slots: list[int],
+        generations: list[int], time_ns: int,
     ) -> None:  # fmt: skip
         """These slots hold these pages now: index and log."""
-        extents, slots = [extent.number for extent, _ in places], [slot for _, slot in places]
+        numbers = [extent.number for extent in extents]
         replaced, records = self._index.publish(
-            namespace, keys, parents, self.number, extents, slots, generations, time_ns
+            namespace, keys, parents, self.number, numbers, slots, generations, time_ns
         )
-        for old in replaced:
-            if old.own:
-                self._give_slot(old)
+        self._give_slots([old for old in replaced if old.own])
         self._append(records)
 
     def forget(self, pages: list[Page], reason: str) -> None:
         """Remove own pages from index and log, and free their slots. reason "evicted": for want of room."""
-        gone = [page for page in pages if self._index.remove(page, reason == "evicted")]
-        self._append(
-            [Record(Kind.REMOVED, p.extent, p.slot, p.generation, time.time_ns(), p.namespace, p.key) for p in gone]
-        )
-        for page in gone:
-            self._give_slot(page)
-            self._removed(page, reason)
+        self.forgotten(*self._index.forget(pages, reason == "evicted", time.time_ns()), reason)
+
+    def forgotten(self, pages: list[Page], records: bytes, reason: str) -> None:
+        """The index removed these own pages and wrote these records of it."""
+        self._append(records)
+        self._give_slots(pages)
+        if pages:
+            self._removed(pages, reason)
 
     def give_back(self, extent: Extent, slot: int) -> None:
         """An allocated slot that was not used after all."""
@@ -244,10 +222,10 @@ class Writer:
 
     def drop_extent(self, number: int, reason: str) -> None:
         """Delete an extent's file and everything in it."""
-        extent = self.extents.pop(number)
-        for page in self._index.in_extent(self.number, number):
-            self._index.remove(page, reason == "evicted")
-            self._removed(page, reason)
+        extent = self._leave(number)
+        gone, _ = self._index.forget(self._index.in_extent(self.number, number), reason == "evicted", time.time_ns())
+        if gone:
+            self._removed(gone, reason)
         free = self.free.get(extent.header.namespace, {})
         for place in [place for place in free if place[0] == number]:
             del free[place]
@@ -258,13 +236,15 @@ class Writer:
         self._append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
 
     def drop_namespace(self, digest: bytes) -> None:
-        for number in [n for n, extent in self.extents.items() if extent.header.namespace == digest]:
+        for number in list(self.by_namespace.get(digest, {})):
             self.drop_extent(number, "cleared")
 
-    def _give_slot(self, page: Page) -> None:
-        # A slot that a read still uses stays out of the free list until the read ends (backend.py gives it back).
-        if not page.pins and page.extent in self.extents:
-            self.free.setdefault(page.namespace, {})[page.extent, page.slot] = None
+    def _give_slots(self, pages: list[Page]) -> None:
+        # A slot that a read still uses stays out of the free list until the read ends (reads.py gives it back).
+        extents = self.extents
+        for page in pages:
+            if not page.pins and page.extent in extents:
+                self.free.setdefault(page.namespace, {})[page.extent, page.slot] = None
 
     def _append(self, records: list[Record] | bytes) -> None:
         try:

@@ -1,0 +1,142 @@
+"""Reads of the local tier: from a batch of keys to verified pages.
+
+Belongs here: the order of steps of a read, and what follows from each page's end. Does not belong here: memory and
+judgement of a transfer (slots.py), or the index (index.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from storage_backends.base import Completion, Outcome, PageBatch
+from storage_backends.local.extents import Extent
+from storage_backends.local.index import Pinned
+from storage_backends.local.slots import SlotGroup, Verdict
+from storage_backends.local.tier import Tier
+
+_HIT = bytes((Outcome.HIT,))
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """Pages of one batch whose I/O begins together. held, extents: by place in the group."""
+
+    completion: Completion
+    held: Pinned
+    extents: list[Extent]
+    group: SlotGroup | None = None
+
+
+class Reads:
+    """Thread-safe; takes the tier's lock."""
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+
+    def read(self, batch: PageBatch) -> Completion:
+        tier = self._tier
+        completion, cancelled = tier.completion(len(batch))
+        io = tier.io(batch)
+        bounced = io.must_bounce(batch)
+        with tier.lock:
+            held = self._pin(batch)
+            held, extents = self._open(held)
+            for extent, pins in Counter(extents).items():
+                extent.pins += pins
+            tier.count_way(bounced, len(held.pages))
+        if len(held.pages) < len(batch):
+            missing = list(set(range(len(batch))).difference(held.pages))
+            completion.settle_many(missing, [Outcome.MISS] * len(missing))
+        while held.pages:
+            flight = _Flight(completion, held, extents)
+            ended = partial(self._done, flight)
+            group = io.group(batch, held.pages, False, bounced, extents, held.slots, cancelled, ended)
+            flight.group = group
+            at = len(group)
+            held, extents = _pages_of(held, range(at, len(extents))), extents[at:]
+            tier.slots.submit_slots(group)
+        return completion
+
+    def _pin(self, batch: PageBatch) -> Pinned:
+        """Hold what is resident; what other writers stored is looked for only when something is missing."""
+        tier, digest = self._tier, batch.namespace.digest
+        held = tier.index.pin(digest, batch.keys, batch.parents)
+        if len(held.pages) == len(batch) or not tier.directory.refresh():
+            return held
+        tier.index.unpin(held.handles)
+        return tier.index.pin(digest, batch.keys, batch.parents)
+
+    def _open(self, held: Pinned) -> tuple[Pinned, list[Extent]]:
+        """The pages' extents; pages whose extent is not there are let go of."""
+        tier = self._tier
+        where = list(zip(held.folders, held.extents, strict=True))
+        opened = {place: tier.extent(*place) for place in set(where)}
+        extents = {place: extent for place, extent in opened.items() if extent is not None}
+        if len(extents) == len(opened):
+            return held, [extents[place] for place in where]
+        lost = [handle for place, handle in zip(where, held.handles, strict=True) if place not in extents]
+        for handle in lost:
+            tier.drop(tier.index.pinned(handle), "lost")
+        tier.index.unpin(lost)
+        there = [i for i, place in enumerate(where) if place in extents]
+        return _pages_of(held, there), [extents[where[i]] for i in there]
+
+    def _done(self, flight: _Flight, places: Sequence[int], moved: Sequence[int], verdicts: bytes) -> None:
+        assert flight.group is not None
+        flight.group.io.give(flight.group, places)
+        outcomes: Sequence[int] = _HIT * len(places)
+        with self._tier.lock:
+            if verdicts.count(Verdict.VALID) < len(verdicts):
+                outcomes = [
+                    self._outcome(flight, place, result, verdict)
+                    for place, result, verdict in zip(places, moved, verdicts, strict=True)
+                ]
+            self._unpin(flight, places)
+        flight.completion.settle_many([flight.held.pages[place] for place in places], outcomes)
+
+    def _outcome(self, flight: _Flight, place: int, moved: int, verdict: int) -> Outcome:
+        """What became of one page, and what follows for the index. The page is still pinned."""
+        tier = self._tier
+        handle = flight.held.handles[place]
+        if moved == -errno.ECANCELED:
+            return Outcome.TIMEOUT
+        if moved < 0:
+            tier.say(f"read {errno.errorcode.get(-moved, -moved)}", "a read failed with %s", os.strerror(-moved))
+            tier.counts["io_errors"] += 1
+            if tier.index.fail(handle) > 1:  # once may be the bus; twice is this page
+                tier.drop(tier.index.pinned(handle), "io_error")
+            return Outcome.FAILED
+        if verdict == Verdict.VALID:
+            return Outcome.HIT
+        page = tier.index.pinned(handle)
+        if verdict == Verdict.OTHER_PAGE and not page.own:
+            tier.drop(page, "lost_race")  # its writer reused the slot: the end of every eviction
+            return Outcome.MISS
+        what = Verdict(verdict).name.lower().replace("_", " ")
+        tier.say("corrupt", "a page failed verification (%s) and is quarantined", what)
+        tier.drop(page, "corrupt")
+        if page.own:
+            tier.erase(flight.extents[place], page.slot)
+        return Outcome.CORRUPT
+
+    def _unpin(self, flight: _Flight, places: Sequence[int]) -> None:
+        held, extents = flight.held, flight.extents
+        freed = self._tier.index.unpin([held.handles[place] for place in places])
+        for extent, pins in Counter([extents[place] for place in places]).items():
+            extent.unpin(pins)
+        writer = self._tier.directory.writer
+        if writer is None or not any(freed):
+            return
+        for place, last in zip(places, freed, strict=True):
+            # A page of ours that was removed while it was being read: its slot could not be freed then.
+            if last and held.own[place]:
+                writer.give_back(extents[place], held.slots[place])
+
+
+def _pages_of(held: Pinned, at: Sequence[int]) -> Pinned:
+    return Pinned._make([column[i] for i in at] for column in held)

@@ -1,0 +1,225 @@
+"""Room for a batch of pages: which of them may be written, and what goes for them.
+
+Belongs here: the order of the means, whether a page is worth one, and what no page may cost. Does not belong here: how
+slots and extents come and go (writer.py), which page goes first (policy/), or moving bytes (writes.py).
+
+The means, in order: a free slot, a new extent, an extent of a colder namespace that has more, own pages, an extent of
+the coldest other namespace, an extent of a folder without a writer. From the third on something goes that may be
+asked for again, so a page must be worth it (admission) and of use: its parent must be here to stay, since an engine
+uses a page only with all its ancestors, and none of its ancestors may go for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from hicache_ext.page import NO_PARENT, Namespace, split_keys
+from storage_backends.base import KeyBatch
+from storage_backends.format import SlotShape
+from storage_backends.local.directory import Directory
+from storage_backends.local.extents import Extent
+from storage_backends.local.index_choice import AnyIndex
+from storage_backends.local.writer import Place, Writer
+
+
+@dataclass(slots=True)
+class Grant:
+    """What a batch got. pages[i], its number in the batch, goes to slots[i] of extents[i], which are pinned for it.
+
+    refused: the other pages, ascending, each with why: "admission", "unreachable" (its parent is refused), "no_room".
+    error: why no room could be made for them, when a device said so.
+    """
+
+    pages: list[int] = field(default_factory=list)
+    extents: list[Extent] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+    refused: list[tuple[int, str]] = field(default_factory=list)
+    error: OSError | None = None
+
+
+class _Request:
+    """Pages of a batch that still want room. left: in the running. stranded: worth room, but their parents are not
+    here to stay. kept: keys that may not go for this batch."""
+
+    def __init__(self, batch: KeyBatch, pages: list[int], admit: Callable[[int], bool] | None) -> None:
+        self.batch = batch
+        self.left = pages
+        self.stranded: list[int] = []
+        self.kept: set[bytes] = set()
+        self.grant = Grant()
+        self._admit = admit
+        self._admitted: dict[int, bool] = {}
+
+    def take(self, places: list[Place], generations: list[int]) -> None:
+        grant, count = self.grant, len(places)
+        grant.pages += self.left[:count]
+        grant.extents += [extent for extent, _ in places]
+        grant.slots += [slot for _, slot in places]
+        grant.generations += generations
+        self.left = self.left[count:]
+
+    def admitted(self, page: int) -> bool:
+        if self._admit is None:
+            return True
+        found = self._admitted.get(page)
+        if found is None:
+            found = self._admitted[page] = self._admit(page)
+        return found
+
+    @property
+    def unworthy(self) -> list[int]:
+        """Pages that nothing may go for."""
+        return [page for page, worth in self._admitted.items() if not worth]
+
+    def recall(self) -> None:
+        """There is room again: what was stranded is in the running."""
+        self.left, self.stranded = sorted(self.left + self.stranded), []
+
+    def close(self) -> Grant:
+        """Refuse what is left."""
+        refused = self.grant.refused
+        beside = set(self.unworthy)
+        gone: set[bytes] = set()
+        for page in sorted({*self.left, *self.stranded, *beside}):
+            if page in beside:
+                why = "admission"
+            else:
+                why = "unreachable" if self.batch.parent(page) in gone else "no_room"
+            refused.append((page, why))
+            gone.add(self.batch.key(page))
+        return self.grant
+
+
+class Room:
+    """Not thread-safe: the tier's lock is around it.
+
+    claim: makes this process a writer for a namespace, where it is none yet; raises OSError.
+    """
+
+    def __init__(self, index: AnyIndex, directory: Directory, claim: Callable[[bytes], Writer]) -> None:
+        self._index = index
+        self._directory = directory
+        self._claim = claim
+        # Pages on their way, and their parents: here to stay, though the index does not know them yet.
+        self._coming: dict[bytes, dict[bytes, bytes]] = {}
+
+    def allocate(
+        self, batch: KeyBatch, pages: list[int], shape: SlotShape, admit: Callable[[int], bool] | None
+    ) -> Grant:
+        """Slots for these pages of the batch, ascending. admit: whether a page is worth what goes for it (None: each
+        is); asked once for each page, and only when something must go."""
+        request = _Request(batch, pages, admit)
+        try:
+            self._provide(request, self._claim(batch.namespace.digest), shape)
+        except OSError as error:
+            request.grant.error = error
+        grant = request.close()
+        self._announce(batch, grant.pages)
+        return grant
+
+    def landed(self, namespace: bytes, keys: Iterable[bytes]) -> None:
+        """These pages are on their way no more: in the index by now, or not stored."""
+        coming = self._coming.get(namespace, {})
+        for key in keys:
+            coming.pop(key, None)
+
+    def _provide(self, request: _Request, writer: Writer, shape: SlotShape) -> None:
+        namespace = request.batch.namespace
+        larger = True
+        while True:
+            self._fill(request, writer, namespace, shape)
+            self._judge(request)
+            count = len(request.left)
+            if count and larger:
+                larger = False
+                if self._reclaim_from_larger(writer, namespace.digest):
+                    continue
+            if count and self._evict(writer, namespace.digest, count, request.kept):
+                continue
+            if count and self._reclaim_coldest(writer, namespace.digest):
+                continue
+            if (count or request.stranded) and self._directory.reclaim_abandoned():
+                request.recall()
+                continue
+            return
+
+    def _fill(self, request: _Request, writer: Writer, namespace: Namespace, shape: SlotShape) -> None:
+        """What costs nobody anything."""
+        while request.left:
+            places = writer.take(namespace.digest, len(request.left))
+            request.take(places, writer.next_generations(len(places)))
+            if not request.left or request.grant.error is not None:
+                return
+            try:
+                if not writer.grow(namespace, shape, self._directory.share):
+                    return
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    request.grant.error = error
+
+    def _judge(self, request: _Request) -> None:
+        """Set aside the pages for which nothing may go."""
+        if not request.left:
+            return
+        batch, fit = request.batch, []
+        if not request.kept:
+            request.kept.update(split_keys(batch.keys))
+            for parent in set(split_keys(batch.parents or b"")) - request.kept - {NO_PARENT}:
+                self._stays(request, parent)  # also above pages that needed nobody's room
+        keys = split_keys(batch.keys)
+        parents = [NO_PARENT] * len(keys) if batch.parents is None else split_keys(batch.parents)
+        refused = {keys[page] for page in [*request.stranded, *request.unworthy]}
+        for page in request.left:
+            # Asked even where the parent decides, so that a rule knows the whole chain the next time.
+            worth = request.admitted(page)
+            parent = parents[page]
+            if worth and (parent == NO_PARENT or (parent not in refused and self._stays(request, parent))):
+                fit.append(page)
+                continue
+            refused.add(keys[page])
+            if worth:
+                request.stranded.append(page)
+        request.left = fit
+
+    def _stays(self, request: _Request, key: bytes) -> bool:
+        """Whether a page is in the batch, on its way, or resident; its ancestors are kept from now on."""
+        kept = request.kept
+        if key in kept:
+            return True
+        namespace = request.batch.namespace.digest
+        above = []
+        coming = self._coming.get(namespace, {})
+        while key in coming and key not in kept:
+            above.append(key)
+            kept.add(key)
+            key = coming[key]
+        above += self._index.ancestors(namespace, key)
+        kept.update(above)
+        return bool(above)
+
+    def _evict(self, writer: Writer, namespace: bytes, count: int, kept: set[bytes]) -> int:
+        pages, records = self._index.evict(namespace, count, frozenset(kept), time.time_ns())
+        writer.forgotten(pages, records, "evicted")
+        return len(pages)
+
+    def _reclaim_from_larger(self, writer: Writer, namespace: bytes) -> bool:
+        """Take an extent from a colder namespace that has more: a new namespace must not starve in one extent."""
+        mine = len(writer.by_namespace.get(namespace, ()))
+        larger = [other for other, extents in writer.by_namespace.items() if len(extents) > mine + 1]
+        coldest = self._index.coldest(larger)
+        return coldest is not None and coldest != namespace and writer.reclaim(coldest)
+
+    def _reclaim_coldest(self, writer: Writer, namespace: bytes) -> bool:
+        coldest = self._index.coldest(other for other in writer.by_namespace if other != namespace)
+        return coldest is not None and writer.reclaim(coldest)
+
+    def _announce(self, batch: KeyBatch, pages: list[int]) -> None:
+        coming = self._coming.setdefault(batch.namespace.digest, {})
+        keys = split_keys(batch.keys)
+        parents = [NO_PARENT] * len(keys) if batch.parents is None else split_keys(batch.parents)
+        for page in pages:
+            coming[keys[page]] = parents[page]
