@@ -68,7 +68,9 @@ class LocalBackend(Backend):
         options.path.mkdir(parents=True, exist_ok=True)
         direct = self._direct = probe_direct(options.path)
         try:
-            self._directory = Directory(options.path, options.capacity, ExtentFiles(direct), self._index)
+            self._directory = Directory(
+                options.path, options.capacity, ExtentFiles(direct), self._index, options.rules()
+            )
         except FormatError as error:  # a folder of a version that we do not know
             raise OptionError(
                 "path", str(options.path), f"holds another format: {error}",
@@ -97,11 +99,13 @@ class LocalBackend(Backend):
 
     def lookup(self, batch: KeyBatch) -> np.ndarray:
         with self._lock:
+            self._tier.expiry.meet(batch.namespace)
             self._directory.refresh()
             return self._index.lookup(batch.namespace.digest, batch.keys, batch.parents, True)
 
     def lookup_local(self, batch: KeyBatch) -> np.ndarray:
         with self._lock:
+            self._tier.expiry.meet(batch.namespace)
             return self._index.lookup(batch.namespace.digest, batch.keys, batch.parents, True)
 
     def read(self, batch: PageBatch) -> Completion:
@@ -203,6 +207,15 @@ class LocalBackend(Backend):
             self._open_files = serials
             self._tier.slots.retain_files(serials)
 
+    def _expire(self) -> None:
+        """Remove pages that are past their time, a few at a time."""
+        expiry, writer = self._tier.expiry, self._directory.writer
+        expiry.advance()
+        if writer is not None:
+            for digest, extents in writer.by_namespace.items():
+                expiry.know(digest, next(iter(extents.values())).header.description)
+            expiry.sweep(writer.forget)
+
     def _maintain(self) -> None:
         last_share, failed = 0.0, False
         while not self._closing.wait(_MAINTENANCE_SECONDS):
@@ -216,6 +229,7 @@ class LocalBackend(Backend):
                         continue
                     self._directory.refresh()
                     self._retain_files()
+                    self._expire()
                     if self._directory.writer is not None and time.monotonic() - last_share > _SHARE_SECONDS:
                         last_share = time.monotonic()
                         self._directory.update_share()

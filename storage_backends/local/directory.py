@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 from storage_backends.base import OptionError
-from storage_backends.format import FORMAT_LINE, VERSION, UnknownVersion
+from storage_backends.format import FORMAT_LINE, VERSION, FormatError, UnknownVersion
 from storage_backends.local.extents import ExtentFiles, extent_numbers
 from storage_backends.local.files import remove_old_probes, try_lock
 from storage_backends.local.folder import LOCK, Folder, folder_number
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record
+from storage_backends.local.rules import Rules
 from storage_backends.local.writer import RemovedListener, Writer
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,12 @@ _FORMAT = "FORMAT"
 class Directory:
     """Every folder of the tier, one of which may be ours. Not thread-safe: the backend's lock is around it."""
 
-    def __init__(self, path: Path, capacity: int, files: ExtentFiles, index: AnyIndex) -> None:
+    def __init__(self, path: Path, capacity: int, files: ExtentFiles, index: AnyIndex, rules: Rules) -> None:
         self.path = path
         self.capacity = capacity
         self.files = files
         self.index = index
+        self.rules = rules
         self.folders: dict[int, Folder] = {}
         self.writer: Writer | None = None
         self.share = capacity
@@ -105,7 +107,7 @@ class Directory:
         folder = self.folders.get(number)
         if folder is not None and folder.has_owner():
             return None
-        writer = Writer.claim(self.path / f"w{number}", self.files, self.index, removed)
+        writer = Writer.claim(self.path / f"w{number}", self.files, self.index, self.rules, removed)
         if writer is None:
             return None
         if folder is not None:
@@ -129,7 +131,7 @@ class Directory:
     def reclaim_abandoned(self) -> bool:
         """Delete the oldest extent of an abandoned folder, if there is any; whether there is more room now."""
         for number, folder in sorted(self.folders.items()):
-            extents = extent_numbers(folder.path)
+            extents = [number for number in extent_numbers(folder.path) if not self._is_pinned(folder, number)]
             if not extents:
                 continue
             lock_fd = try_lock(folder.path / LOCK)
@@ -151,6 +153,15 @@ class Directory:
             self.update_share()
             return True
         return False
+
+    def _is_pinned(self, folder: Folder, number: int) -> bool:
+        if not self.rules.any_pin:
+            return False
+        try:
+            header = self.files.header(folder.path, number)
+        except (FormatError, OSError):
+            return False
+        return self.rules.of(header.namespace, header.description).pin
 
     def clear(self, namespaces: set[bytes]) -> None:
         """Forget these namespaces: delete our and abandoned folders' extents, disregard other writers' pages."""

@@ -14,6 +14,7 @@ from pydantic import ByteSize, Field, model_validator
 
 from storage_backends.base import BackendOptions, OptionError
 from storage_backends.local.policy import DEFAULT, Admission, Always, SecondHit, WriteBudget
+from storage_backends.local.rules import Duration, NamespaceRule, Rules
 
 _MIN_CAPACITY = 1 << 20
 #: Refused pages that second-hit admission remembers at most, for each namespace.
@@ -25,7 +26,9 @@ class LocalOptions(BackendOptions):
 
     engine: what moves the bytes ("auto": the best that works here). eviction: the order in which pages go when room is
     short, always the ends of chains first. admission: which pages are worth a write once the tier is full
-    ("second_hit": those offered before, "write_budget": as many as write_bytes_per_day pay for).
+    ("second_hit": those offered before, "write_budget": as many as write_bytes_per_day pay for). ttl: time to live of
+    pages, from when they were stored ("24h"; never, if not given). namespaces: rules for single namespaces, of which
+    the first that matches counts (rules.py).
     """
 
     path: Path
@@ -34,12 +37,17 @@ class LocalOptions(BackendOptions):
     eviction: Literal["credit", "lru", "s3fifo"] = DEFAULT  # type: ignore[assignment]
     admission: Literal["always", "second_hit", "write_budget"] = "always"
     write_bytes_per_day: ByteSize | None = Field(default=None, gt=0)
+    ttl: Duration = None
+    namespaces: tuple[NamespaceRule, ...] = ()
 
     @model_validator(mode="after")
     def _budget_has_a_size(self) -> LocalOptions:
         if (self.admission == "write_budget") != (self.write_bytes_per_day is not None):
             raise ValueError("admission: write_budget and write_bytes_per_day go together; give both or neither")
         return self
+
+    def rules(self) -> Rules:
+        return Rules(self.namespaces, self.ttl)
 
 
 def check(options: LocalOptions) -> None:

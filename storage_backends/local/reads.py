@@ -44,6 +44,7 @@ class Reads:
         io = tier.io(batch)
         bounced = io.must_bounce(batch)
         with tier.lock:
+            tier.expiry.meet(batch.namespace)
             held = self._pin(batch)
             held, extents = self._open(held)
             for extent, pins in Counter(extents).items():

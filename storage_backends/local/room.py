@@ -29,7 +29,8 @@ from storage_backends.local.writer import Place, Writer
 class Grant:
     """What a batch got. pages[i], its number in the batch, goes to slots[i] of extents[i], which are pinned for it.
 
-    refused: the other pages, ascending, each with why: "admission", "unreachable" (its parent is refused), "no_room".
+    refused: the other pages, ascending, each with why: "admission", "unreachable" (its parent is refused),
+    "pinned_full" (its namespace gives up nothing), "no_room".
     error: why no room could be made for them, when a device said so.
     """
 
@@ -45,8 +46,10 @@ class _Request:
     """Pages of a batch that still want room. left: in the running. stranded: worth room, but their parents are not
     here to stay. kept: keys that may not go for this batch."""
 
-    def __init__(self, batch: KeyBatch, pages: list[int], admit: Callable[[int], bool] | None) -> None:
+    def __init__(self, batch: KeyBatch, pages: list[int], admit: Callable[[int], bool] | None, pinned: bool) -> None:
+        """pinned: no page of the batch's namespace may go."""
         self.batch = batch
+        self.pinned = pinned
         self.left = pages
         self.stranded: list[int] = []
         self.kept: set[bytes] = set()
@@ -88,7 +91,9 @@ class _Request:
             if page in beside:
                 why = "admission"
             else:
-                why = "unreachable" if self.batch.parent(page) in gone else "no_room"
+                why = "pinned_full" if self.pinned else "no_room"
+                if self.batch.parent(page) in gone:
+                    why = "unreachable"
             refused.append((page, why))
             gone.add(self.batch.key(page))
         return self.grant
@@ -112,9 +117,11 @@ class Room:
     ) -> Grant:
         """Slots for these pages of the batch, ascending. admit: whether a page is worth what goes for it (None: each
         is); asked once for each page, and only when something must go."""
-        request = _Request(batch, pages, admit)
+        space = batch.namespace
+        rule = self._directory.rules.of(space.digest, space.description)
+        request = _Request(batch, pages, admit, rule.pin)
         try:
-            self._provide(request, self._claim(batch.namespace.digest), shape)
+            self._provide(request, self._claim(space.digest), shape)
         except OSError as error:
             request.grant.error = error
         grant = request.close()
@@ -138,7 +145,7 @@ class Room:
                 larger = False
                 if self._reclaim_from_larger(writer, namespace.digest):
                     continue
-            if count and self._evict(writer, namespace.digest, count, request.kept):
+            if count and not request.pinned and self._evict(writer, namespace.digest, count, request.kept):
                 continue
             if count and self._reclaim_coldest(writer, namespace.digest):
                 continue
@@ -209,12 +216,12 @@ class Room:
     def _reclaim_from_larger(self, writer: Writer, namespace: bytes) -> bool:
         """Take an extent from a colder namespace that has more: a new namespace must not starve in one extent."""
         mine = len(writer.by_namespace.get(namespace, ()))
-        larger = [other for other, extents in writer.by_namespace.items() if len(extents) > mine + 1]
+        larger = [other for other in writer.loose() if len(writer.by_namespace[other]) > mine + 1]
         coldest = self._index.coldest(larger)
         return coldest is not None and coldest != namespace and writer.reclaim(coldest)
 
     def _reclaim_coldest(self, writer: Writer, namespace: bytes) -> bool:
-        coldest = self._index.coldest(other for other in writer.by_namespace if other != namespace)
+        coldest = self._index.coldest(other for other in writer.loose() if other != namespace)
         return coldest is not None and writer.reclaim(coldest)
 
     def _announce(self, batch: KeyBatch, pages: list[int]) -> None:

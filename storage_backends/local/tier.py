@@ -17,6 +17,7 @@ from storage_backends.buffers import OwnedMemory
 from storage_backends.format import BLOCK
 from storage_backends.local.directory import Directory
 from storage_backends.local.engine import IoEngine
+from storage_backends.local.expiry import Expiry
 from storage_backends.local.extents import Extent
 from storage_backends.local.files import DirectIo
 from storage_backends.local.index import Page
@@ -43,6 +44,7 @@ class Tier:
         self.directory = directory
         self.engine = engine
         self.slots = slots
+        self.expiry = Expiry(directory.rules, index)
         self.lock = threading.RLock()
         self.counts: Counter[str] = Counter()
         self.gone = False

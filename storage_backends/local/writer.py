@@ -24,6 +24,7 @@ from storage_backends.local.folder import LOCK
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record, encode_stored
+from storage_backends.local.rules import Rules
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,15 @@ class Writer:
     extents take on the disk.
     """
 
-    def __init__(self, path: Path, lock_fd: int, files: ExtentFiles, index: AnyIndex, removed: RemovedListener) -> None:
+    def __init__(
+        self, path: Path, lock_fd: int, files: ExtentFiles, index: AnyIndex, rules: Rules, removed: RemovedListener
+    ) -> None:
         self.path = path
         self.number = int(path.name[1:])
         self._lock_fd = lock_fd
         self._files = files
         self._index = index
+        self._rules = rules
         self._removed = removed
         self.extents: dict[int, Extent] = {}
         self.by_namespace: dict[bytes, dict[int, Extent]] = {}
@@ -69,14 +73,16 @@ class Writer:
         self._log = LogWriter.rewrite(path / NAME, index.own_records())
 
     @classmethod
-    def claim(cls, path: Path, files: ExtentFiles, index: AnyIndex, removed: RemovedListener) -> Writer | None:
+    def claim(
+        cls, path: Path, files: ExtentFiles, index: AnyIndex, rules: Rules, removed: RemovedListener
+    ) -> Writer | None:
         """Become the owner of a folder (made if missing), whose log the index has read; None when it has an owner."""
         path.mkdir(parents=True, exist_ok=True)
         lock_fd = try_lock(path / LOCK)
         if lock_fd is None:
             return None
         try:
-            return cls(path, lock_fd, files, index, removed)
+            return cls(path, lock_fd, files, index, rules, removed)
         except BaseException:
             os.close(lock_fd)
             raise
@@ -174,6 +180,8 @@ class Writer:
 
     def reclaim(self, namespace: bytes) -> bool:
         """Delete the extent of `namespace` that was used the longest ago, with all that hangs below its pages."""
+        if self.is_pinned(namespace):
+            return False
         idle = [number for number, extent in self.by_namespace.get(namespace, {}).items() if not extent.pins]
         if not idle:
             return False
@@ -183,10 +191,22 @@ class Writer:
         self.drop_extent(number, "evicted")
         return True
 
+    def is_pinned(self, namespace: bytes) -> bool:
+        """Whether what the namespace has here stays."""
+        for extent in self.by_namespace.get(namespace, {}).values():
+            return self._rules.of(namespace, extent.header.description).pin
+        return False
+
+    def loose(self) -> list[bytes]:
+        """Namespaces with extents that may go."""
+        if not self._rules.any_pin:
+            return list(self.by_namespace)
+        return [namespace for namespace in self.by_namespace if not self.is_pinned(namespace)]
+
     def shrink(self, share: int) -> None:
         """Evict until the folder takes at most `share` bytes."""
         while self.disk_bytes > share and self.extents:
-            coldest = self._index.coldest(self.by_namespace)
+            coldest = self._index.coldest(self.loose())
             if coldest is None or not self.reclaim(coldest):
                 return
 

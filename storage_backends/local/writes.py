@@ -55,6 +55,7 @@ class Writes:
         bounced = io.must_bounce(batch)
         digest = batch.namespace.digest
         with tier.lock:
+            tier.expiry.meet(batch.namespace)
             tier.directory.refresh()  # what another writer has is not written twice
             # Links parents, touches the chain.
             found = tier.index.lookup(digest, batch.keys, batch.parents, False).tolist()
