@@ -14,65 +14,15 @@
 
 #include "index/node.hpp"
 #include "index/order.hpp"
+#include "index/page.hpp"
+#include "index/pins.hpp"
 #include "index/table.hpp"
 
 namespace hicache::index {
 
-using Digest = std::array<std::uint8_t, SPACE_BYTES>;
-using Numbers = std::vector<std::uint32_t>;
-
-/// One page as it is told to others.
-struct Page {
-    Digest space;
-    Key key;
-    Key parent;
-    std::uint32_t folder;
-    std::uint32_t extent;
-    std::uint32_t slot;
-    std::uint64_t generation;
-    std::uint64_t time_ns;
-    bool own;
-    std::uint32_t pins;
-};
-
-/// A page as a snapshot holds it: enough to sort it, and to tell later whether it is still there.
-struct Captured {
-    std::int64_t rank;
-    std::uint64_t generation;
-    std::uint32_t tie;
-    std::uint32_t space;
-    std::uint32_t node;
-
-    bool before(const Captured& other) const {
-        if (space != other.space) return space < other.space;
-        if (rank != other.rank) return rank < other.rank;
-        return static_cast<std::int32_t>(tie - other.tie) < 0;
-    }
-};
-
-/// A folder's own pages at one moment.
-struct Snapshot {
-    std::uint32_t folder;
-    std::vector<Captured> pages;
-
-    /// First to go first. Looks at nothing that the index changes: needs neither the lock nor the GIL.
-    void sort();
-};
-
-/// Reads under way of one page. The record outlives the page when it is removed meanwhile.
-struct Pin {
-    std::uint32_t node;  // NONE: the page is gone
-    std::uint32_t count;
-    std::uint32_t failures;
-    Page page;
-};
-
 class Index {
 public:
-    /// More slots than any extent has; a record that names another is not one of ours.
-    static constexpr std::uint32_t MOST_SLOTS = 1u << 22;
-
-    explicit Index(Policy policy) : policy_(policy), table_(nodes_) {}
+    explicit Index(Policy policy) : policy_(policy), table_(nodes_), pins_(nodes_) {}
     Index(const Index&) = delete;
     Index& operator=(const Index&) = delete;
 
@@ -83,7 +33,7 @@ public:
     std::uint32_t find(const Digest& space, const Key& key) const;
     std::uint32_t at(std::uint32_t folder, std::uint32_t extent, std::uint32_t slot) const;
     Page page(std::uint32_t n) const;
-    bool expired(std::uint32_t n) const { return nodes_[n].time_ns < spaces_[nodes_[n].space]->expiry; }
+    bool expired(std::uint32_t n) const { return nodes_[n].seconds < spaces_[nodes_[n].space]->expiry; }
 
     /// Nodes of packed keys, NONE for absent ones and those past their time. With `parents`, pages that have none learn theirs.
     void lookup(const Digest& space, std::span<const std::uint8_t> keys, const std::uint8_t* parents, Numbers& found);
@@ -101,12 +51,10 @@ public:
     std::uint32_t insert(const Page& page, bool oldest, Page* old, bool* replaced);
     void remove(std::uint32_t n, bool evicted);
 
-    std::uint32_t pin(std::uint32_t n);
-    Pin& pinned(std::uint32_t handle) { return pins_.at(handle); }
-    /// Whether the page went while it was in use and nobody uses it any more: its slot, if ours, is free now.
-    bool unpin(std::uint32_t handle);
-    /// Count a failed read of this page, which is remembered as long as the page is resident; how many there were.
-    std::uint32_t fail(std::uint32_t handle);
+    /// Reads under way. `pins().take` holds a page.
+    Pins& pins() { return pins_; }
+    /// The page of a handle, resident or not.
+    Page pinned(std::uint32_t handle);
 
     void protect(const Digest& space, std::span<const std::uint8_t> keys);
     std::uint32_t victim(const Digest& space);
@@ -116,7 +64,7 @@ public:
     std::uint32_t same(const Page& page) const;
 
     /// Pages stored before this moment are past their time.
-    void set_oldest(const Digest& space, std::uint64_t time_ns) { spaces_[space_number(space)]->expiry = time_ns; }
+    void set_oldest(const Digest& space, std::uint64_t time_ns) { spaces_[space_number(space)]->expiry = time_ns / SECOND; }
     /// Own pages that are past it; goes on where the last call stopped and looks at so many pages.
     Numbers expired(const Digest& space, std::size_t limit, std::size_t examine);
 
@@ -127,6 +75,10 @@ public:
     Numbers ancestors(const Digest& space, const Key& key);
     /// Own pages below these, deepest first.
     Numbers descendants(const Numbers& roots);
+    /// Own pages that hang below evicted ones, of those that are not in use; looks at so many nodes.
+    Numbers find_orphans(std::size_t limit, std::size_t examine);
+    /// Own pages whose parent was evicted before them.
+    std::size_t orphans() const { return orphans_; }
     Numbers in_extent(std::uint32_t folder, std::uint32_t extent) const;
     Numbers in_folder(std::uint32_t folder) const;
     Numbers extents(std::uint32_t folder) const;
@@ -150,7 +102,7 @@ private:
         Order order;
         std::uint64_t touched = 0;
         std::size_t pages = 0;
-        std::uint64_t expiry = 0;
+        std::uint64_t expiry = 0;  // seconds
         std::pair<std::uint32_t, std::uint32_t> swept_place{0, 0};  // where `expired` goes on
         std::uint32_t swept_slot = 0;
     };
@@ -159,10 +111,10 @@ private:
         std::uint32_t extent;
         std::uint32_t pages = 0;
         Numbers slots;
-        // No page was stored before this moment; without meaning while `expired` is amid the extent.
+        // No page was stored before this second; without meaning while `expired` is amid the extent.
         std::uint64_t stored_from = NEVER;
     };
-    static constexpr std::uint64_t NEVER = ~std::uint64_t{0};
+    static constexpr std::uint64_t NEVER = ~std::uint64_t{0}, SECOND = 1'000'000'000;
     struct DigestHash {
         std::size_t operator()(const Digest& digest) const {
             std::size_t h;
@@ -180,6 +132,7 @@ private:
     void add_child(std::uint32_t parent, bool own);
     void drop_child(std::uint32_t parent, bool own);
     void drop_if_unnamed(std::uint32_t n);
+    void lift(std::uint32_t n);
     Snapshot capture(bool one, std::uint32_t folder) const;
     std::uint64_t hash(const Node& node) const { return Table::hash(node.space, node.key); }
     Order& order(const Node& node) { return spaces_[node.space]->order; }
@@ -194,8 +147,11 @@ private:
     std::vector<Place> places_;
     Numbers free_places_;
     std::map<std::pair<std::uint32_t, std::uint32_t>, std::uint32_t> place_numbers_;
-    std::unordered_map<std::uint32_t, Pin> pins_;
-    std::uint32_t next_pin_ = 0;
+    Pins pins_;
+    std::size_t orphans_ = 0;
+    // The search for orphans goes up and down: parents lie before their children or, after a start from a log, behind.
+    std::uint32_t sweep_at_ = 0;
+    bool sweep_up_ = true;
     // What was asked for last, which is what is asked for next: batches have one namespace, logs go extent by extent.
     mutable std::uint32_t last_space_ = NONE;
     mutable std::uint32_t last_place_ = NONE;

@@ -37,7 +37,7 @@ void apply(Index& index, std::uint32_t folder, const Record& record, Applied& ap
     const Key key = Key::from(record.key);
     switch (record.kind) {
         case STORED: {
-            if (record.slot >= Index::MOST_SLOTS) return;
+            if (record.slot >= MOST_SLOTS) return;
             const std::uint32_t known = index.find(record.space, key);
             // Two writers stored the same page: one copy is enough to know of, while it may be used.
             if (known != NONE) {

@@ -120,7 +120,7 @@ void pin(Index& index, const nb::bytes& space, const nb::bytes& keys, const Mayb
         handles.data()[i] = NONE;
         if (found[i] == NONE) continue;
         const Page page = index.page(found[i]);
-        handles.data()[i] = index.pin(found[i]);
+        handles.data()[i] = index.pins().take(found[i]);
         folders.data()[i] = page.folder;
         extents.data()[i] = page.extent;
         slots.data()[i] = page.slot;
@@ -131,13 +131,8 @@ void pin(Index& index, const nb::bytes& space, const nb::bytes& keys, const Mayb
 
 nb::bytes unpin(Index& index, const std::vector<std::uint32_t>& handles) {
     std::string freed(handles.size(), '\0');
-    for (std::size_t i = 0; i < handles.size(); ++i) freed[i] = static_cast<char>(index.unpin(handles[i]));
+    for (std::size_t i = 0; i < handles.size(); ++i) freed[i] = static_cast<char>(index.pins().give(handles[i]));
     return nb::bytes(freed.data(), freed.size());
-}
-
-nb::tuple pinned(Index& index, std::uint32_t handle) {
-    const Pin& pin = index.pinned(handle);
-    return told(pin.node == NONE ? pin.page : index.page(pin.node));
 }
 
 nb::object insert(Index& index, const nb::tuple& page, bool oldest) {
@@ -284,8 +279,8 @@ void bind(nb::module_& m) {
         .def("lookup", &lookup)
         .def("pin", &pin)
         .def("unpin", &unpin)
-        .def("pinned", &pinned)
-        .def("fail", &Index::fail)
+        .def("pinned", [](Index& index, std::uint32_t handle) { return told(index.pinned(handle)); })
+        .def("fail", [](Index& index, std::uint32_t handle) { return index.pins().fail(handle); })
         .def("get", [](Index& index, const nb::bytes& space, const nb::bytes& key) {
             return told_or_none(index, index.find(digest(space), one_key(key))); })
         .def("has", [](Index& index, const nb::bytes& space, const nb::bytes& key) {
@@ -317,6 +312,9 @@ void bind(nb::module_& m) {
         .def("ancestors", [](Index& index, const nb::bytes& space, const nb::bytes& key) {
             return keys_of(index, index.ancestors(digest(space), one_key(key))); })
         .def("descendants", &descendants)
+        .def("orphans", &Index::orphans)
+        .def("sweep_orphans", [](Index& index, std::size_t limit, std::size_t examine) {
+            return told_all(index, index.find_orphans(limit, examine)); }, nb::arg("limit"), nb::arg("examine") = 4096)
         .def("in_extent", [](Index& index, std::uint32_t folder, std::uint32_t extent) {
             return told_all(index, index.in_extent(folder, extent)); })
         .def("used_slots", [](Index& index, std::uint32_t folder, std::uint32_t extent) {

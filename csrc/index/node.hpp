@@ -1,4 +1,4 @@
-// What the index knows of one page, in 96 bytes, and where nodes live.
+// What the index knows of one page, in 80 bytes, and where nodes live.
 //
 // Belongs here: the layout. Does not belong here: what is done with it (index.cpp, order.cpp).
 #pragma once
@@ -29,36 +29,42 @@ struct Key {
 };
 
 enum Flag : std::uint8_t {
-    RESIDENT = 1,   // without it the node only stands for a key that resident children name as their parent
-    OWN = 2,        // this process writes its folder
-    MAIN = 4,       // S3-FIFO: the main queue, else the small one
-    SEEN = 8,       // during one walk
-    PROTECTED = 16  // may not go now
+    RESIDENT = 1,    // without it the node only stands for a key that resident children name as their parent
+    OWN = 2,         // this process writes its folder
+    MAIN = 4,        // S3-FIFO: the main queue, else the small one
+    SEEN = 8,        // during one walk
+    PROTECTED = 16,  // may not go now
+    PINNED = 32,     // reads use it
+    LEAF = 64,       // in the order's queue of leaves
+    WENT = 128       // not resident: evicted before its own children, which are orphans now
 };
 
 /// A page, or a parent that is known by name only. Links are numbers of nodes: half of a pointer.
+///
+/// Time is kept in seconds, as much as a time to live needs; a slot's header has the nanoseconds.
 struct Node {
     Key key;
     std::uint64_t generation;
-    std::uint64_t time_ns;
     std::int64_t rank;  // own pages: what the order sorts by; others' pages: the order in which they came
     std::uint32_t tie;  // decides between equal ranks
-    std::uint32_t space;
+    std::uint32_t seconds;
     std::uint32_t place;
-    std::uint32_t slot;
     std::uint32_t parent;
-    std::uint32_t own_children;
+    std::uint32_t below;  // a leaf: its place in the queue of leaves; else how many own children are resident
     std::uint32_t other_children;
-    std::uint32_t leaf;  // its place among the order's leaves
-    std::uint32_t pin;   // its record of reads under way
-    std::uint8_t uses;
-    std::uint8_t flags;
-    std::uint8_t failures;
-    std::uint8_t visits;
+    std::uint32_t space : 24;
+    std::uint32_t uses : 8;
+    std::uint32_t slot : 22;
+    std::uint32_t visits : 2;
+    std::uint32_t flags : 8;
 
-    bool has(std::uint8_t flag) const { return (flags & flag) == flag; }
+    bool has(std::uint32_t flag) const { return (flags & flag) == flag; }
+    std::uint32_t own_children() const { return has(LEAF) ? 0 : below; }
 };
-static_assert(sizeof(Node) == 96);
+static_assert(sizeof(Node) == 80);
+
+/// More namespaces, or slots of an extent, than there are.
+constexpr std::uint32_t MOST_SPACES = 1u << 24, MOST_SLOTS = 1u << 22;
 
 /// Nodes in chunks: growing moves nothing, and wastes at most one chunk.
 class Nodes {
@@ -77,7 +83,7 @@ public:
         }
         Node& node = (*this)[n];
         node = Node{};
-        node.parent = node.leaf = node.pin = node.place = NONE;
+        node.parent = node.place = NONE;
         return n;
     }
 

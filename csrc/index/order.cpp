@@ -16,26 +16,31 @@ const std::array<std::uint64_t, 256> LOG2_X256 = [] {
     return table;
 }();
 
+bool may_go(const Node& node, bool last_resort) {
+    return (node.flags & (PINNED | PROTECTED)) == 0 && (last_resort || node.other_children == 0);
+}
+
 }  // namespace
 
 void Leaves::push(std::uint32_t n) {
     const Node& node = nodes_[n];
-    if (heap_.size() == heap_.capacity()) heap_.reserve(heap_.size() + heap_.size() / 4 + 64);
+    if (heap_.size() == heap_.capacity()) heap_.reserve(heap_.size() + heap_.size() / 8 + 64);
     heap_.push_back({node.rank, node.tie, n});
-    nodes_[n].leaf = static_cast<std::uint32_t>(heap_.size() - 1);
+    nodes_[n].flags |= LEAF;
     up(heap_.size() - 1);
 }
 
 void Leaves::remove(std::uint32_t n) {
-    const std::size_t at = nodes_[n].leaf;
-    if (at == NONE) return;
-    nodes_[n].leaf = NONE;
+    if (!nodes_[n].has(LEAF)) return;
+    const std::size_t at = nodes_[n].below;
+    nodes_[n].flags &= ~LEAF;
+    nodes_[n].below = 0;
     const Entry last = heap_.back();
     heap_.pop_back();
     if (last.node == n) return;
     set(at, last);
     up(at);
-    down(nodes_[last.node].leaf);
+    down(nodes_[last.node].below);
 }
 
 void Leaves::up(std::size_t at) {
@@ -109,7 +114,7 @@ void Order::inserted(std::uint32_t n, std::uint64_t hash, bool oldest) {
     node.uses = 1;
     node.visits = 0;
     node.flags &= ~MAIN;
-    if (policy_ == Policy::Credit) node.uses = static_cast<std::uint8_t>(std::min(255, 1 + ghosts_.take(hash)));
+    if (policy_ == Policy::Credit) node.uses = std::min(255u, 1u + ghosts_.take(hash));
     if (policy_ == Policy::S3Fifo && ghosts_.take(hash)) node.flags |= MAIN;
     ++sizes_[node.has(MAIN)];
     rank(node);
@@ -129,24 +134,20 @@ void Order::removed(std::uint32_t n, std::uint64_t hash, bool evicted) {
     const Node& node = nodes_[n];
     queue(nodes_[n]).remove(n);
     --sizes_[node.has(MAIN)];
-    if (evicted && policy_ == Policy::Credit) ghosts_.add(hash, node.uses);
+    if (evicted && policy_ == Policy::Credit) ghosts_.add(hash, static_cast<std::uint8_t>(node.uses));
     if (evicted && policy_ == Policy::S3Fifo && !node.has(MAIN)) ghosts_.add(hash, 1);
 }
 
 std::uint32_t Order::victim(bool last_resort) {
     if (policy_ == Policy::S3Fifo) return s3fifo_victim(last_resort);
-    return queues_[0].first([=](const Node& node) {
-        return node.pin == NONE && !node.has(PROTECTED) && (last_resort || node.other_children == 0);
-    });
+    return queues_[0].first([=](const Node& node) { return may_go(node, last_resort); });
 }
 
 std::uint32_t Order::s3fifo_victim(bool last_resort) {
-    const auto may_go = [=](const Node& node) {
-        return node.pin == NONE && !node.has(PROTECTED) && (last_resort || node.other_children == 0);
-    };
+    const auto goes = [=](const Node& node) { return may_go(node, last_resort); };
     const std::uint64_t share = std::max<std::uint64_t>(1, capacity_ / 10);
     for (;;) {
-        const std::uint32_t small = queues_[0].first(may_go), main = queues_[1].first(may_go);
+        const std::uint32_t small = queues_[0].first(goes), main = queues_[1].first(goes);
         const std::uint32_t n = main == NONE || (small != NONE && sizes_[0] >= share) ? small : main;
         if (n == NONE) return NONE;
         Node& node = nodes_[n];

@@ -64,7 +64,7 @@ private:
 
     void set(std::size_t at, const Entry& entry) {
         heap_[at] = entry;
-        nodes_[entry.node].leaf = static_cast<std::uint32_t>(at);
+        nodes_[entry.node].below = static_cast<std::uint32_t>(at);
     }
     void up(std::size_t at);
     void down(std::size_t at);
@@ -110,6 +110,7 @@ public:
     void touched(Node& node, bool used);
     void removed(std::uint32_t n, std::uint64_t hash, bool evicted);
 
+    /// Its count of own children is 0 from here on, or about to be more.
     void became_leaf(std::uint32_t n) { queue(nodes_[n]).push(n); }
     void has_children(std::uint32_t n) { queue(nodes_[n]).remove(n); }
 

@@ -44,7 +44,16 @@ def run(work: Path, pages: int, scan_pages: int, say: Callable[[str], None]) -> 
     since = time.perf_counter()
     records = b"".join(_fill(index, space.digest, keys))
     rows.append(_row("publish", pages / (time.perf_counter() - since), "pages/s", None, index))
-    rows.append(_row("memory", index.memory() / len(index), "bytes/page", 120, index))
+    rows.append(_row("memory, chains", index.memory() / len(index), "bytes/page", 120, index))
+    rows += _snapshot(index)
+
+    say("filling another, of pages whose parents are not known")
+    alone = open_index(DEFAULT)
+    alone.set_capacity(space.digest, pages)
+    for _ in _fill(alone, space.digest, keys, chained=False):
+        pass
+    rows.append(_row("memory, no known parents", alone.memory() / len(alone), "bytes/page", 120, alone))
+    del alone
 
     say("looking up")
     batches = [keys[at : at + BATCH * KEY_BYTES] for at in range(0, len(keys), BATCH * KEY_BYTES)]
@@ -86,16 +95,36 @@ def _namespace() -> Namespace:
     return Namespace(model=hashlib.sha256(b"bench index").hexdigest(), weights="w", layout=layout)
 
 
-def _fill(index: AnyIndex, digest: bytes, keys: bytes) -> Iterator[bytes]:
-    """Chains of CHAIN pages, each in one call; yields log records."""
+def _fill(index: AnyIndex, digest: bytes, keys: bytes, chained: bool = True) -> Iterator[bytes]:
+    """Chains of CHAIN pages, each in one call; yields log records. chained: told of their parents."""
     step = CHAIN * KEY_BYTES
     for first in range(0, len(keys) // KEY_BYTES, CHAIN):
         packed = keys[first * KEY_BYTES : first * KEY_BYTES + step]
         places = range(first, first + len(packed) // KEY_BYTES)
         yield index.publish(
-            digest, packed, chain_parents(packed, None), 0, [n // _EXTENT_SLOTS for n in places],
+            digest, packed, chain_parents(packed, None) if chained else None, 0, [n // _EXTENT_SLOTS for n in places],
             [n % _EXTENT_SLOTS for n in places], list(places), time.time_ns(),
         )[1]  # fmt: skip
+
+
+def _snapshot(index: AnyIndex) -> list[dict[str, Any]]:
+    """What a compaction of the log costs: under the lock to begin with, without it, and under it for each piece."""
+    since = time.perf_counter()
+    snapshot = index.snapshot(0)
+    taken = time.perf_counter() - since
+    since = time.perf_counter()
+    snapshot.sort()
+    sorted_in = time.perf_counter() - since
+    pieces = []
+    for start in range(0, len(snapshot), 1024):
+        since = time.perf_counter()
+        index.snapshot_records(snapshot, start, 1024)  # type: ignore[arg-type]
+        pieces.append((time.perf_counter() - since) * 1e6)
+    return [
+        _row("snapshot of the order, under the lock", taken * 1e3, "ms", None, index),
+        _row("sorting it, beside the serving", sorted_in * 1e3, "ms", None, index),
+        _row("1,024 records of it, under the lock", statistics.median(pieces), "us", None, index, pieces),
+    ]
 
 
 def _hex_keys(index: AnyIndex, digest: bytes, batches: list[bytes]) -> dict[str, Any]:

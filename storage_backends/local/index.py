@@ -15,108 +15,20 @@ page in use is held by a handle (`pin`, `unpin`), which outlives the page when t
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 
 from hicache_ext.page import NO_PARENT, split_keys
 from storage_backends.format import FormatError
+from storage_backends.local.index_entry import SECOND, Entry, Page, Pinned, Snapshot, Space, whole_seconds
+from storage_backends.local.index_places import Places
 from storage_backends.local.policy import ORDERS
-from storage_backends.local.policy.order import Order, Rank
 from storage_backends.local.residency import RECORD_BYTES, Kind, Record, encode, encode_stored
 
-Place = tuple[int, int]
-"""Folder and extent."""
-
-_NEVER = (1 << 64) - 1
-
-
-class Page(NamedTuple):
-    """One resident page, as it was when told. folder: its writer's number. own: this process is that writer.
-
-    generation: of its slot; folder, extent, slot and generation together are one page's and no other's, ever.
-    pins: reads that used it.
-    """
-
-    namespace: bytes
-    key: bytes
-    parent: bytes
-    folder: int
-    extent: int
-    slot: int
-    generation: int
-    own: bool
-    time_ns: int = 0
-    pins: int = 0
-
-
-class Pinned(NamedTuple):
-    """A batch's resident pages, held. pages: their numbers in the batch. The rest: of each of them, in that order."""
-
-    pages: list[int]
-    handles: list[int]
-    folders: list[int]
-    extents: list[int]
-    slots: list[int]
-    own: list[bool]
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A page in the index."""
-
-    namespace: bytes
-    key: bytes
-    parent: bytes
-    folder: int
-    extent: int
-    slot: int
-    generation: int
-    own: bool
-    time_ns: int = 0
-    pins: int = 0
-    failures: int = 0
-
-    def told(self) -> Page:
-        return Page(
-            self.namespace, self.key, self.parent, self.folder, self.extent, self.slot, self.generation, self.own,
-            self.time_ns, self.pins,
-        )  # fmt: skip
-
-
-@dataclass
-class Space:
-    """The pages of one namespace. order: the own ones. other_children: resident in other folders, per page.
-
-    expiry: pages stored before this moment are past their time. swept: where `expired` goes on, an extent and a slot.
-    """
-
-    order: Order
-    entries: dict[bytes, Entry] = field(default_factory=dict)
-    other_children: dict[bytes, int] = field(default_factory=dict)
-    touched: int = 0
-    oldest: int = 0
-    expiry: int = 0
-    swept: tuple[Place, int] = ((0, 0), 0)
-
-
-class Snapshot:
-    """The own pages of a folder at one moment, to be written down in the order in which they would go."""
-
-    def __init__(self, pages: list[tuple[int, Rank, Entry]]) -> None:
-        """pages: number of the namespace, rank and entry of each."""
-        self.pages = pages
-
-    def __len__(self) -> int:
-        return len(self.pages)
-
-    def sort(self) -> None:
-        """First to go first. Needs no lock: looks at nothing that the index changes."""
-        self.pages.sort(key=lambda page: page[:2])
+__all__ = ["Index", "Page", "Pinned", "Snapshot"]
 
 
 class _Kept:
@@ -146,9 +58,7 @@ class Index:
         """order: a name of storage_backends.local.policy.ORDERS."""
         self._new_order = ORDERS[order]
         self.spaces: dict[bytes, Space] = {}
-        self._extents: dict[Place, dict[int, Entry]] = {}
-        #: No page of the extent was stored before this moment; without meaning while `expired` is amid the extent.
-        self._stored_from: dict[Place, int] = {}
+        self._places = Places()
         self._clock = 0
         self._pinned: dict[int, Entry] = {}
         self._handles = count(1)
@@ -192,7 +102,8 @@ class Index:
             handle = next(self._handles)
             self._pinned[handle] = entry
             present.append(key)
-            values = (page, handle, entry.folder, entry.extent, entry.slot, entry.own)
+            told = entry.page
+            values = (page, handle, told.folder, told.extent, told.slot, told.own)
             for column, value in zip(cast(tuple[list[int], ...], held), values, strict=True):
                 column.append(value)
         self.touch(namespace, present, used=False)
@@ -204,7 +115,7 @@ class Index:
         for handle in handles:
             entry = self._pinned.pop(handle)
             entry.pins -= 1
-            freed.append(not entry.pins and self._get(entry.namespace, entry.key) is not entry)
+            freed.append(not entry.pins and self._get(entry.page.namespace, entry.page.key) is not entry)
         return freed
 
     def pinned(self, handle: int) -> Page:
@@ -243,7 +154,7 @@ class Index:
         return entry is not None and not self._is_expired(entry)
 
     def at(self, folder: int, extent: int, slot: int) -> Page | None:
-        entry = self._extents.get((folder, extent), {}).get(slot)
+        entry = self._places.at(folder, extent, slot)
         return None if entry is None else entry.told()
 
     def insert(self, page: Page, oldest: bool = False) -> Page | None:
@@ -255,24 +166,22 @@ class Index:
         if old is not None:
             self._remove(old)
         # A slot holds one page: whatever the index thought was there is gone.
-        stale = self._extents.get((page.folder, page.extent), {}).get(page.slot)
+        stale = self._places.at(page.folder, page.extent, page.slot)
         if stale is not None:
             self._remove(stale)
-        entry = Entry(*page[:9])
-        if entry.parent == entry.key:
-            entry.parent = NO_PARENT
+        parent = NO_PARENT if page.parent == page.key else page.parent
+        entry = Entry(page._replace(parent=parent, time_ns=whole_seconds(page.time_ns), pins=0))
         space = self._space(page.namespace)
-        place = entry.folder, entry.extent
-        self._extents.setdefault(place, {})[entry.slot] = entry
-        self._stored_from[place] = min(self._stored_from.get(place, _NEVER), entry.time_ns)
-        space.entries[entry.key] = entry
+        self._places.add(entry)
+        space.entries[page.key] = entry
+        space.went.pop(page.key, None)
         self._enter(space, entry, oldest)
         return None if old is None else old.told()
 
     def remove(self, page: Page, evicted: bool = False) -> bool:
         """Forget a page; False when the index holds another, or none, in its place. evicted: for want of room."""
         entry = self._get(page.namespace, page.key)
-        if entry is None or entry.told()[3:7] != page[3:7]:
+        if entry is None or entry.page[3:7] != page[3:7]:
             return False
         self._remove(entry, evicted)
         return True
@@ -292,14 +201,13 @@ class Index:
     def link(self, namespace: bytes, key: bytes, parent: bytes) -> None:
         """A later call told the parent of a page; kept if the page was stored without one."""
         entry = self._get(namespace, key)
-        if entry is None or entry.parent != NO_PARENT or parent in (NO_PARENT, key):
+        if entry is None or entry.page.parent != NO_PARENT or parent in (NO_PARENT, key):
             return
-        entry.parent = parent
+        entry.page = entry.page._replace(parent=parent)
         space = self.spaces[namespace]
-        if entry.own:
+        if entry.page.own:
             space.order.link(key, parent)
-        else:
-            space.other_children[parent] = space.other_children.get(parent, 0) + 1
+        self._add_child(space, entry)
 
     # -- eviction ------------------------------------------------------------------------------------------------
 
@@ -315,10 +223,12 @@ class Index:
         for key in reversed(list(keys)):
             walk: list[bytes] = []
             entry = space.entries.get(key)
-            while entry is not None and entry.key not in seen:
-                seen.add(entry.key)
-                walk.append(entry.key)
-                entry = space.entries.get(entry.parent)
+            while entry is not None and entry.page.key not in seen:
+                seen.add(entry.page.key)
+                walk.append(entry.page.key)
+                # Whoever uses what hangs below has the page that went.
+                space.went.pop(entry.page.parent, None)
+                entry = space.entries.get(entry.page.parent)
             walks.append(walk)
         # A later walk ends below an earlier one, so its pages are descendants and must come first.
         order = space.order
@@ -371,8 +281,8 @@ class Index:
 
     def last_used(self, folder: int, extent: int) -> tuple[int, int]:
         """The rank of an extent's own page that would go last; less than any when it has none."""
-        entries = self._extents.get((folder, extent), {}).values()
-        ranks = [self.spaces[entry.namespace].order.pages[entry.key].rank for entry in entries if entry.own]
+        pages = [entry.page for entry in self._places.entries(folder, extent) if entry.page.own]
+        ranks = [self.spaces[page.namespace].order.pages[page.key].rank for page in pages]
         return max(ranks, default=(-2, 0))
 
     def ancestors(self, namespace: bytes, key: bytes) -> list[bytes]:
@@ -380,27 +290,51 @@ class Index:
         space = self.spaces.get(namespace)
         entry = None if space is None else space.entries.get(key)
         found: dict[bytes, Entry] = {}
-        while space is not None and entry is not None and entry.key not in found:
-            found[entry.key] = entry
-            entry = space.entries.get(entry.parent)
+        while space is not None and entry is not None and entry.page.key not in found:
+            found[entry.page.key] = entry
+            entry = space.entries.get(entry.page.parent)
         return [key for key, entry in found.items() if not self._is_expired(entry)]
 
     def descendants(self, roots: list[Page]) -> list[Page]:
         """Own pages below these pages of one namespace. Walks the namespace once: for rare, large removals only."""
         if not roots:
             return []
-        below: dict[bytes, list[Entry]] = {}
-        for other in self.spaces[roots[0].namespace].entries.values():
-            if other.own and other.parent != NO_PARENT:
-                below.setdefault(other.parent, []).append(other)
-        found: dict[bytes, Entry] = {}
+        below = self.spaces[roots[0].namespace].own_children
+        found: dict[bytes, None] = {}
         level = {root.key for root in roots}
         while level:
-            children = [child for key in level for child in below.get(key, ()) if child.key not in found]
-            level = {child.key for child in children}
-            found.update((child.key, child) for child in children)
+            level = {child for key in level for child in below.get(key, ()) if child not in found}
+            found.update(dict.fromkeys(level))
         tops = {root.key for root in roots}
-        return [entry.told() for entry in reversed(found.values()) if entry.key not in tops]
+        told = [self.get(roots[0].namespace, key) for key in reversed(found) if key not in tops]
+        return cast(list[Page], told)
+
+    def orphans(self) -> int:
+        """How many own pages have a parent that was evicted before them: removed with `evicted`, as the pages of an
+        extent are that is taken away. What hangs below those is not counted yet.
+
+        None is one any more when the parent is stored again, or when a page below it is used or stored: whoever asks
+        for that has the parent elsewhere.
+        """
+        return sum(len(space.own_children[key]) for space in self.spaces.values() for key in space.went)
+
+    def sweep_orphans(self, limit: int, examine: int = 4096) -> list[Page]:
+        """Orphans and what hangs below them, at most `limit`, which are not in use: no engine can come by them.
+
+        The caller removes them, with `evicted`, before anything else happens: that makes orphans of what hangs below.
+        The native index looks at `examine` pages, in memory's order, and goes on there with the next call: an empty
+        answer says that nothing is left only when `orphans` does.
+        """
+        found: list[Page] = []
+        for space in self.spaces.values():
+            tops = list(space.went)
+            while tops and len(found) < limit:
+                for key in space.own_children.get(tops.pop(), ()):
+                    entry = space.entries[key]
+                    if len(found) < limit and not entry.pins:
+                        found.append(entry.told())
+                        tops.append(key)
+        return found
 
     # -- time to live --------------------------------------------------------------------------------------------
 
@@ -408,7 +342,7 @@ class Index:
         """Pages of this namespace that were stored before this moment are past their time: as if not resident for
         `lookup`, `pin`, `has` and `ancestors`. They hold their slots until another copy takes their place or they are
         removed. Other calls see them. Pages of the future (a clock went back) are not past their time."""
-        self._space(namespace).expiry = time_ns
+        self._space(namespace).expiry = time_ns // SECOND * SECOND
 
     def expired(self, namespace: bytes, limit: int, examine: int = 4096) -> list[Page]:
         """Own pages that are past their time, at most `limit`, for the caller to remove.
@@ -419,58 +353,34 @@ class Index:
         space = self.spaces.get(namespace)
         if space is None or not space.expiry:
             return []
-        found: list[Page] = []
-        first, resume = space.swept
-        places = sorted(self._extents)
-        at = bisect_left(places, first)
-        for place in places[at:] + places[:at]:
-            start = resume if place == first else 0
-            if not start and self._stored_from[place] >= space.expiry:
-                continue
-            if len(found) >= limit or not examine:
-                space.swept = place, start
-                return found
-            if not start:
-                self._stored_from[place] = _NEVER
-            there = self._extents[place]
-            for slot in sorted(slot for slot in there if slot >= start):
-                if len(found) >= limit or not examine:
-                    space.swept = place, slot
-                    return found
-                examine -= 1
-                entry = there[slot]
-                self._stored_from[place] = min(self._stored_from[place], entry.time_ns)
-                if entry.own and entry.namespace == namespace and self._is_expired(entry):
-                    found.append(entry.told())
-        space.swept = (0, 0), 0
-        return found
+        return self._places.expired(namespace, space, limit, examine)
 
     # -- folders and extents -------------------------------------------------------------------------------------
 
     def in_extent(self, folder: int, extent: int) -> list[Page]:
-        return [entry.told() for entry in self._extents.get((folder, extent), {}).values()]
+        return [entry.told() for entry in self._places.entries(folder, extent)]
 
     def used_slots(self, folder: int, extent: int) -> list[int]:
-        return list(self._extents.get((folder, extent), {}))
+        return self._places.slots(folder, extent)
 
     def extents(self, folder: int) -> list[int]:
         """Extents of a folder that hold pages."""
-        return [extent for owner, extent in self._extents if owner == folder]
+        return self._places.numbers(folder)
 
     def trim(self, folder: int, extent: int, namespace: bytes, slots: int) -> None:
         """Forget the extent's pages that it cannot hold: of another namespace, or in slots that it does not have."""
-        for entry in list(self._extents.get((folder, extent), {}).values()):
-            if entry.slot >= slots or entry.namespace != namespace:
+        for entry in self._places.entries(folder, extent):
+            if entry.page.slot >= slots or entry.page.namespace != namespace:
                 self._remove(entry)
 
     def drop(self, folder: int, namespace: bytes | None = None) -> None:
         """Forget a folder's pages, all or those of one namespace."""
-        for entry in self._in_folder(folder):
-            if namespace in (None, entry.namespace):
+        for entry in self._places.in_folder(folder):
+            if namespace in (None, entry.page.namespace):
                 self._remove(entry)
 
     def newest_generation(self, folder: int) -> int:
-        return max((entry.generation for entry in self._in_folder(folder)), default=0)
+        return max((entry.page.generation for entry in self._places.in_folder(folder)), default=0)
 
     def adopt(self, *folders: int) -> None:
         """This process became the writer of these folders: their pages are ours to evict, as they came.
@@ -480,7 +390,7 @@ class Index:
         """
         for namespace, space in self.spaces.items():
             queues = [
-                [entry for entry in space.entries.values() if entry.folder == folder and not entry.own]
+                [entry for entry in space.entries.values() if entry.page.folder == folder and not entry.page.own]
                 for folder in dict.fromkeys(folders)
             ]
             shares = [
@@ -491,11 +401,11 @@ class Index:
             merged = [entry for _, _, entry in sorted(shares, key=lambda share: share[:2])]
             for entry in merged:
                 self._leave(space, entry, evicted=False)
-                entry.own = True
+                entry.page = entry.page._replace(own=True)
                 self._enter(space, entry)
             # A log may name children before their parents: one pass of touches restores "ancestors last".
             if merged:
-                fresh = sorted((entry.key for entry in merged), key=lambda key: space.order.pages[key].rank)
+                fresh = sorted((entry.page.key for entry in merged), key=lambda key: space.order.pages[key].rank)
                 self.touch(namespace, fresh, used=False)
 
     # -- the log -------------------------------------------------------------------------------------------------
@@ -507,7 +417,7 @@ class Index:
             space.entries[key].told()
             for space in self.spaces.values()
             for key in self._in_order(space)
-            if folder in (None, space.entries[key].folder)
+            if folder in (None, space.entries[key].page.folder)
         )
 
     def snapshot(self, folder: int) -> Snapshot:
@@ -518,14 +428,14 @@ class Index:
                 (number, page.rank, entry)
                 for number, space in enumerate(self.spaces.values())
                 for key, page in space.order.pages.items()
-                if (entry := space.entries[key]).folder == folder
+                if (entry := space.entries[key]).page.folder == folder
             ]
         )
 
     def snapshot_records(self, snapshot: Snapshot, start: int, count: int) -> bytes:
         """Records of those of pages [start, start + count) of the snapshot that are still where they were."""
         pages = (entry for _, _, entry in snapshot.pages[start : start + count])
-        return encode_stored(entry.told() for entry in pages if self._get(entry.namespace, entry.key) is entry)
+        return encode_stored(entry.page for entry in pages if self._get(entry.page.namespace, entry.page.key) is entry)
 
     def apply_log(self, folder: int, records: bytes, at_end: bool) -> tuple[int, int, list[int]]:
         """Bring the index up to date with a piece of a folder's log.
@@ -553,7 +463,7 @@ class Index:
         match record.kind:
             case Kind.STORED:
                 # Two writers stored the same page: one copy is enough to know of, while it may be used.
-                if known is None or known.folder == folder or (not known.own and self._is_expired(known)):
+                if known is None or known.page.folder == folder or (not known.page.own and self._is_expired(known)):
                     self.insert(
                         Page(
                             record.namespace, record.key, record.parent, folder, record.extent, record.slot,
@@ -561,12 +471,10 @@ class Index:
                         )
                     )  # fmt: skip
             case Kind.REMOVED:
-                if known is not None and (known.folder, known.extent, known.slot) == (
-                    folder, record.extent, record.slot,
-                ):  # fmt: skip
+                if known is not None and known.page[3:6] == (folder, record.extent, record.slot):
                     self._remove(known)
             case Kind.EXTENT_GONE:
-                for entry in list(self._extents.get((folder, record.extent), {}).values()):
+                for entry in self._places.entries(folder, record.extent):
                     self._remove(entry)
 
     # -- helpers -------------------------------------------------------------------------------------------------
@@ -582,48 +490,60 @@ class Index:
         return None if space is None else space.entries.get(key)
 
     def _is_expired(self, entry: Entry) -> bool:
-        return entry.time_ns < self.spaces[entry.namespace].expiry
-
-    def _in_folder(self, folder: int) -> list[Entry]:
-        return [entry for (owner, _), there in self._extents.items() if owner == folder for entry in there.values()]
+        return self.spaces[entry.page.namespace].is_expired(entry)
 
     @staticmethod
     def _in_order(space: Space) -> list[bytes]:
         return sorted(space.order.pages, key=lambda key: space.order.pages[key].rank)
 
     def _remove(self, entry: Entry, evicted: bool = False) -> None:
-        space = self.spaces[entry.namespace]
-        del space.entries[entry.key]
+        page = entry.page
+        space = self.spaces[page.namespace]
+        del space.entries[page.key]
         self._leave(space, entry, evicted)
-        there = self._extents[entry.folder, entry.extent]
-        del there[entry.slot]
-        if not there:
-            del self._extents[entry.folder, entry.extent]
-            del self._stored_from[entry.folder, entry.extent]
+        self._places.discard(entry)
+        if evicted and page.own and page.key in space.own_children:
+            space.went[page.key] = None
         if not space.entries:
             space.touched = 0
 
-    @staticmethod
-    def _enter(space: Space, entry: Entry, oldest: bool = False) -> None:
-        if entry.own:
-            space.order.insert(entry.key, None if entry.parent == NO_PARENT else entry.parent)
+    def _enter(self, space: Space, entry: Entry, oldest: bool = False) -> None:
+        key, parent = entry.page.key, entry.page.parent
+        if entry.page.own:
+            space.order.insert(key, None if parent == NO_PARENT else parent)
             if oldest:
                 space.oldest -= 1
-                page = space.order.pages[entry.key]
+                page = space.order.pages[key]
                 page.rank = (-1, space.oldest)
-                if entry.key not in space.order.children:
-                    space.order.offer(entry.key, page)
-        elif entry.parent != NO_PARENT:
-            space.other_children[entry.parent] = space.other_children.get(entry.parent, 0) + 1
+                if key not in space.order.children:
+                    space.order.offer(key, page)
+        if parent != NO_PARENT:
+            self._add_child(space, entry)
+
+    @staticmethod
+    def _add_child(space: Space, entry: Entry) -> None:
+        parent = entry.page.parent
+        if entry.page.own:
+            space.own_children.setdefault(parent, {})[entry.page.key] = None
+        else:
+            space.other_children[parent] = space.other_children.get(parent, 0) + 1
 
     @staticmethod
     def _leave(space: Space, entry: Entry, evicted: bool) -> None:
-        if entry.own:
-            space.order.remove(entry.key, evicted)
-        elif entry.parent != NO_PARENT:
-            space.other_children[entry.parent] -= 1
-            if not space.other_children[entry.parent]:
-                del space.other_children[entry.parent]
+        key, parent = entry.page.key, entry.page.parent
+        if entry.page.own:
+            space.order.remove(key, evicted)
+        if parent == NO_PARENT:
+            return
+        if not entry.page.own:
+            space.other_children[parent] -= 1
+            if not space.other_children[parent]:
+                del space.other_children[parent]
+            return
+        del space.own_children[parent][key]
+        if not space.own_children[parent]:
+            del space.own_children[parent]
+            space.went.pop(parent, None)
 
 
 def _encode_removed(pages: list[Page], time_ns: int) -> bytes:

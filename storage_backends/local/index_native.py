@@ -21,7 +21,7 @@ def _page(told: tuple | None) -> Page | None:
 
 
 class NativeIndex:
-    """Index in C++: about 110 bytes a page. The methods are documented in storage_backends.local.index.Index."""
+    """Index in C++: at most 120 bytes a page. The methods are documented in storage_backends.local.index.Index."""
 
     name = "native"
 
@@ -29,7 +29,7 @@ class NativeIndex:
         index = self._index = _Index(order)
         self._protected: tuple[bytes, frozenset[bytes]] = (b"", frozenset())
         # What needs no conversion is called without a detour.
-        self.memory, self.has, self.touched = index.memory, index.has, index.touched
+        self.memory, self.has, self.touched, self.orphans = index.memory, index.has, index.touched, index.orphans
         self.fail, self.link, self.last_used = index.fail, index.link, index.last_used
         self.set_capacity = index.set_capacity
         self.extents, self.used_slots, self.trim = index.extents, index.used_slots, index.trim
@@ -117,6 +117,9 @@ class NativeIndex:
             return []
         packed = b"".join(page.key for page in roots)
         return [Page._make(page) for page in self._index.descendants(roots[0].namespace, packed)]
+
+    def sweep_orphans(self, limit: int, examine: int = 4096) -> list[Page]:
+        return list(map(Page._make, self._index.sweep_orphans(limit, examine)))
 
     def in_extent(self, folder: int, extent: int) -> list[Page]:
         return [Page._make(page) for page in self._index.in_extent(folder, extent)]

@@ -25,6 +25,7 @@ except ImportError:
 SPACE = b"s" * 16
 OTHER_SPACE = b"t" * 16
 OURS, THEIRS = 0, 1
+SECOND = 1_000_000_000
 needs_native = pytest.mark.skipif(NativeIndex is None, reason="the native index is not built")
 both = pytest.mark.parametrize("make", [Index, pytest.param(NativeIndex, marks=needs_native)], ids=["python", "native"])
 Make = Callable[..., Any]
@@ -45,7 +46,7 @@ def above(name: int) -> int:
 
 def page(name: int, slot: int, own: bool = True, known: bool = True, space: bytes = SPACE) -> Page:
     parent = key(above(name)) if known else NO_PARENT
-    return Page(space, key(name), parent, OURS if own else THEIRS, slot // 16, slot % 16, slot, own, slot)
+    return Page(space, key(name), parent, OURS if own else THEIRS, slot // 16, slot % 16, slot, own, slot * SECOND)
 
 
 names = st.integers(1, 63)
@@ -87,9 +88,10 @@ class IndexMachine(RuleBasedStateMachine):
         self.slot += len(chain)
         parents = packed([above(name) for name in chain]) if known else None
         places = [slot // 16 for slot in slots], [slot % 16 for slot in slots]
-        self.same("publish", space, packed(chain), parents, OURS, *places, slots, slots[0])
+        now = slots[0] * SECOND + 999
+        self.same("publish", space, packed(chain), parents, OURS, *places, slots, now)
         for name, slot in zip(chain, slots, strict=True):
-            self.resident[space, name] = page(name, slot, True, known, space)
+            self.resident[space, name] = page(name, slot, True, known, space)._replace(time_ns=slots[0] * SECOND)
 
     @rule(found=st.lists(names, max_size=8, unique=True), prefix=st.sampled_from(["absent", "partial", "full"]),
           used=st.booleans(), space=spaces)  # fmt: skip
@@ -174,7 +176,7 @@ class IndexMachine(RuleBasedStateMachine):
         pages = data.draw(st.lists(st.sampled_from(pages), max_size=6)) if pages else []
         pages.append(page(absent, 1 << 20))  # a place that no page has
         gone, records = self.same("forget", pages, evicted, time)
-        assert [p[:7] for p in gone] == [p[:7] for p in dict.fromkeys(pages[:-1])]
+        assert [p.generation for p in gone] == [p.generation for p in dict.fromkeys(pages[:-1])]
         self.check_gone(gone, records, time)
 
     def check_gone(self, gone: list[Page], records: bytes, time: int) -> None:
@@ -188,8 +190,8 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(age=st.integers(-3, 60), space=spaces)
     def set_oldest(self, age: int, space: bytes) -> None:
         """Stored times count up with the slots."""
-        self.oldest[space] = max(0, self.slot - age)
-        self.same("set_oldest", space, self.oldest[space])
+        self.oldest[space] = max(0, self.slot - age) * SECOND
+        self.same("set_oldest", space, self.oldest[space] + 5)  # whole seconds count
 
     @rule(limit=st.integers(0, 5), examine=st.integers(0, 20), space=spaces)
     def expired(self, limit: int, examine: int, space: bytes) -> None:
@@ -250,6 +252,32 @@ class IndexMachine(RuleBasedStateMachine):
             one, two = (index.descendants(roots) for index in (self.model, self.native))
             assert sorted(one) == sorted(two)
 
+    @rule(extent=st.integers(0, 8))
+    def take_extent(self, extent: int) -> None:
+        """As a writer does that needs an extent for another namespace: what hangs below its pages becomes orphans."""
+        doomed = self.same("in_extent", OURS, extent)
+        gone, records = self.same("forget", doomed, True, 0)
+        self.check_gone(gone, records, 0)
+
+    @rule(limit=st.integers(1, 5), examine=st.integers(1, 30))
+    def sweep_orphans(self, limit: int, examine: int) -> None:
+        """Both find the same in the end, each in its own order."""
+        gone: list[set[Page]] = []
+        for index in (self.model, self.native):
+            gone.append(set())
+            quiet = 0
+            while quiet < 40:
+                found = index.sweep_orphans(limit, examine)
+                assert len(found) <= limit
+                assert len(index.forget(found, True, 0)[0]) == len(found)
+                gone[-1].update(found)
+                quiet = 0 if found else quiet + 2 * examine // 30 + 1
+        assert gone[0] == gone[1]
+        for found in gone[0]:
+            assert found.own
+            assert not found.pins
+            del self.resident[found.namespace, int.from_bytes(found.key, "big")]
+
     @rule(space=spaces, name=names)
     def climb(self, space: bytes, name: int) -> None:
         self.same("ancestors", space, key(name))
@@ -281,7 +309,9 @@ class IndexMachine(RuleBasedStateMachine):
         for name, kind, slot in entries:
             self.slot += 1
             extent, number = (1000 + slot // 16, slot % 16)
-            records += Record(kind, extent, number, self.slot, self.slot, SPACE, key(name), key(above(name))).encode()
+            records += Record(
+                kind, extent, number, self.slot, self.slot * SECOND, SPACE, key(name), key(above(name))
+            ).encode()
         if torn < len(entries):
             records[torn * RECORD_BYTES + 50] ^= 1
         self.same("apply_log", 2, bytes(records), at_end)
@@ -302,6 +332,7 @@ class IndexMachine(RuleBasedStateMachine):
             told = self.same("get", space, known.key)
             assert told is not None
             assert self.same("at", told.folder, told.extent, told.slot) == told
+        self.same("orphans")
         for space in (SPACE, OTHER_SPACE):
             self.same("touched", space)
         for folder in (OURS, THEIRS, 2):
@@ -406,14 +437,14 @@ def test_folders_adopted_together_grow_old_together(make: Make) -> None:
 @both
 def test_a_page_past_its_time_is_absent_until_it_is_stored_again(make: Make) -> None:
     index = make("lru")
-    index.publish(SPACE, packed([1, 2]), packed([0, 1]), OURS, [0, 0], [0, 1], [1, 2], 100)
-    index.set_oldest(SPACE, 101)
+    index.publish(SPACE, packed([1, 2]), packed([0, 1]), OURS, [0, 0], [0, 1], [1, 2], 100 * SECOND)
+    index.set_oldest(SPACE, 101 * SECOND)
     assert not index.has(SPACE, key(1))
     assert index.lookup(SPACE, packed([1, 2]), None, True).tolist() == [0, 0]
     assert index.pin(SPACE, packed([1, 2]), None).pages == []
     assert index.ancestors(SPACE, key(2)) == []
     assert index.get(SPACE, key(1)).slot == 0
-    replaced, _ = index.publish(SPACE, key(1), None, OURS, [0], [2], [3], 200)
+    replaced, _ = index.publish(SPACE, key(1), None, OURS, [0], [2], [3], 200 * SECOND)
     assert [page.slot for page in replaced] == [0], "its slot is told, to be used again"
     assert index.lookup(SPACE, packed([1, 2]), None, True).tolist() == [1, 0]
     assert index.ancestors(SPACE, key(2)) == [key(1)]
@@ -432,11 +463,11 @@ def test_a_page_of_the_future_is_not_past_its_time(make: Make) -> None:
 @both
 def test_another_writers_copy_takes_the_place_of_one_past_its_time(make: Make) -> None:
     index = make("lru")
-    records = [Record(Kind.STORED, 0, 0, 1, time, SPACE, key(1)).encode() for time in (100, 200)]
+    records = [Record(Kind.STORED, 0, 0, 1, time * SECOND, SPACE, key(1)).encode() for time in (100, 200)]
     index.apply_log(1, records[0], True)
     index.apply_log(2, records[1], True)
     assert index.get(SPACE, key(1)).folder == 1
-    index.set_oldest(SPACE, 150)
+    index.set_oldest(SPACE, 150 * SECOND)
     index.apply_log(2, records[1], True)
     assert index.get(SPACE, key(1)).folder == 2
     assert index.has(SPACE, key(1))
@@ -497,15 +528,50 @@ def test_s3fifo_lets_a_scan_pass(make: Make) -> None:
 
 
 @needs_native
-def test_at_most_120_bytes_a_page() -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["chains", "no page with a known parent"])
+@pytest.mark.parametrize("pages", [100_000, 98_500])  # the latter: the table of keys has just grown
+def test_at_most_120_bytes_a_page(known: bool, pages: int) -> None:
     index = NativeIndex("credit")
-    chains, length = 400, 250
-    index.set_capacity(SPACE, chains * length)
-    for chain in range(chains):
-        pages = [chain * length + i + 1 for i in range(length)]
-        parents = packed([0, *pages[:-1]])
-        index.publish(SPACE, packed(pages), parents, 0, [chain] * length, list(range(length)), pages, 0)
+    length = 250
+    index.set_capacity(SPACE, pages)
+    for first in range(1, pages, length):
+        chain = list(range(first, first + length))
+        parents = packed([0, *chain[:-1]]) if known else None
+        index.publish(SPACE, packed(chain), parents, 0, [first // length] * length, list(range(length)), chain, 0)
     assert index.memory() / len(index) <= 120
+
+
+@both
+def test_pages_below_one_that_is_evicted_with_its_extent_are_orphans(make: Make) -> None:
+    index = make("lru")
+    index.publish(SPACE, packed([1, 2, 4, 8]), packed([0, 1, 2, 4]), OURS, [0, 1, 1, 1], [0, 1, 2, 3], [1, 2, 3, 4], 0)
+    index.publish(SPACE, packed([3]), packed([1]), OURS, [2], [0], [5], 0)
+    index.forget(index.in_extent(OURS, 0), True, 0)
+    assert index.orphans() == 2
+    assert index.lookup(SPACE, packed([2]), None, True).tolist() == [1], "they serve as long as they are there"
+    assert index.orphans() == 0, "and whoever asks for them has their parent"
+    assert index.sweep_orphans(9) == []
+    index.forget([index.get(SPACE, key(2))], True, 0)
+    gone = []
+    while index.orphans():
+        found = index.sweep_orphans(1)
+        index.forget(found, True, 0)
+        gone += [page.key for page in found]
+    assert gone == [key(4), key(8)]
+    assert index.has(SPACE, key(3))
+
+
+@both
+def test_the_parents_return_ends_its_childrens_orphanhood(make: Make) -> None:
+    index = make("lru")
+    for name in (1, 2):
+        index.insert(page(name, name))
+    index.remove(page(1, 1), True)
+    assert index.orphans() == 1
+    index.insert(page(1, 3))
+    assert index.orphans() == 0
+    index.remove(page(1, 3), False)
+    assert index.orphans() == 0, "a page that is quarantined is healed by the next write"
 
 
 def test_the_python_index_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
