@@ -27,6 +27,7 @@ import time
 
 import numpy as np
 
+from hicache_ext.page import Namespace
 from storage_backends.base import Buffers, Outcome, PageBatch
 from storage_backends.checksum import chunk_crcs
 from storage_backends.format import VERSION, FormatError, SlotHeader, SlotHeaders, SlotShape, seal_header
@@ -44,9 +45,9 @@ class ObjectFormat:
     head_bytes: what comes before the first buffer. size: bytes of the whole object.
     """
 
-    def __init__(self, batch: PageBatch, step: int = STEP, seal: Seal | None = None) -> None:
-        self.namespace = batch.namespace
-        layout = self.namespace.layout
+    def __init__(self, namespace: Namespace, step: int = STEP, seal: Seal | None = None) -> None:
+        self.namespace = namespace
+        layout = namespace.layout
         self._shape = SlotShape.of(layout.buffer_lengths, layout.page_size, step)
         self._step, self._seal = step, seal
         self._lengths = np.array(layout.buffer_lengths, np.uint64)
@@ -108,13 +109,12 @@ class ObjectFormats:
         self._known: dict[bytes, ObjectFormat] = {}
         self._lock = threading.Lock()
 
-    def of(self, batch: PageBatch) -> ObjectFormat:
-        """The format of this batch's namespace. ValueError when the batch's buffers do not fit it."""
-        found = self._known.get(batch.namespace.digest)
+    def of(self, namespace: Namespace) -> ObjectFormat:
+        """The format of this namespace."""
+        found = self._known.get(namespace.digest)
         if found is None:
             with self._lock:
                 if len(self._known) >= _FORMATS:
                     self._known.clear()
-                found = self._known[batch.namespace.digest] = ObjectFormat(batch, self._step, self._seal)
-        found.check(batch)
+                found = self._known[namespace.digest] = ObjectFormat(namespace, self._step, self._seal)
         return found

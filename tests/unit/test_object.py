@@ -33,7 +33,7 @@ def seal(request: pytest.FixtureRequest) -> Seal | None:
 
 def stored(pool: HostPool, seal: Seal | None, page: int = 0) -> bytes:
     batch = pool.write_batch(KEYS)
-    form = ObjectFormat(batch, seal=seal)
+    form = ObjectFormat(batch.namespace, seal=seal)
     head, buffers = form.prepare(batch, page)
     data = bytes(head) + b"".join(buffers)
     assert (len(head), len(data)) == (form.head_bytes, form.size)
@@ -44,7 +44,7 @@ def judged(pool: HostPool, seal: Seal | None, data: bytes, page: int = 0) -> Out
     """What the object `data` is, when asked for as page number `page`."""
     pool.poison()
     batch = pool.batch(KEYS)
-    form = ObjectFormat(batch, seal=seal)
+    form = ObjectFormat(batch.namespace, seal=seal)
     at = form.head_bytes
     for buffer in batch.buffers(page):
         buffer[:] = data[at : at + len(buffer)]
@@ -68,15 +68,15 @@ def test_golden_bytes_are_understood() -> None:
 
 def test_a_small_page_has_a_small_header() -> None:
     batch = HostPool(namespace((70272,), page_size=1), 1).batch(KEYS[:1])
-    assert ObjectFormat(batch).head_bytes == 512
-    assert ObjectFormat(batch, step=4096).head_bytes == 4096
+    assert ObjectFormat(batch.namespace).head_bytes == 512
+    assert ObjectFormat(batch.namespace, step=4096).head_bytes == 4096
 
 
 def test_tokens_and_hashes_travel() -> None:
     pool = HostPool(namespace(LENGTHS), 1)
     tokens = np.arange(16, dtype=np.uint32)[None]
     batch = replace(pool.write_batch(KEYS[:1]), tokens=tokens, event_hashes=np.array([[5, -6]], np.int64))
-    header = SlotHeader.decode(ObjectFormat(batch).prepare(batch, 0)[0], 64)
+    header = SlotHeader.decode(ObjectFormat(batch.namespace).prepare(batch, 0)[0], 64)
     assert header.tokens is not None
     assert header.tokens.tolist() == list(range(16))
     assert (header.event_hash, header.parent_event_hash) == (5, -6)
@@ -85,7 +85,7 @@ def test_tokens_and_hashes_travel() -> None:
 def test_a_batch_with_other_buffers_is_a_mistake() -> None:
     mine, theirs = HostPool(namespace((4096,)), 1), HostPool(namespace((8192,)), 1)
     with pytest.raises(ValueError, match="not those of its namespace"):
-        ObjectFormats().of(replace(mine.batch(KEYS[:1]), namespace=theirs.space))
+        ObjectFormats().of(theirs.space).check(mine.batch(KEYS[:1]))
 
 
 @pytest.mark.parametrize("what", ["another page", "another namespace", "cut", "zeroes"])

@@ -1,0 +1,57 @@
+"""What was seen in a shared store lately: all that a backend of a remote store can say without asking it.
+
+Others store and evict there without telling, so an answer is a guess of limited age and never more than a hint: a page
+that is gone by now is a miss when it is read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import numpy as np
+
+from storage_backends.base import KeyBatch
+
+
+class Presence:
+    """pages: how many are remembered, the latest ones. seconds: for how long. Thread-safe."""
+
+    def __init__(self, pages: int = 1 << 18, seconds: float = 60.0) -> None:
+        self._limit, self._seconds = pages, seconds
+        self._seen: OrderedDict[tuple[bytes, bytes], float] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def seen(self, namespace: bytes, keys: Iterable[bytes]) -> None:
+        """These pages are there now."""
+        until = time.monotonic() + self._seconds
+        with self._lock:
+            for key in keys:
+                self._seen[namespace, key] = until
+                self._seen.move_to_end((namespace, key))
+            while len(self._seen) > self._limit:
+                self._seen.popitem(last=False)
+
+    def gone(self, namespace: bytes, keys: Iterable[bytes]) -> None:
+        """These pages are not there."""
+        with self._lock:
+            for key in keys:
+                self._seen.pop((namespace, key), None)
+
+    def forget(self, namespace: bytes) -> None:
+        """Nothing is known of this namespace any more."""
+        with self._lock:
+            for name in [name for name in self._seen if name[0] == namespace]:
+                del self._seen[name]
+
+    def lookup(self, batch: KeyBatch) -> np.ndarray:
+        """uint8[n]: 1 where the page was seen lately."""
+        digest, now = batch.namespace.digest, time.monotonic()
+        with self._lock:
+            seen = [self._seen.get((digest, batch.key(i)), 0.0) > now for i in range(len(batch))]
+        return np.array(seen, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._seen)
