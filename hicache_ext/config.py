@@ -7,6 +7,7 @@ options (each backend has its `Options`), or what an engine does with the result
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import tomllib
 from collections.abc import Mapping
@@ -38,6 +39,10 @@ SGLANG_KEYS = frozenset(
 
 
 _SHORT, _PROBLEMS = 300, 20
+#: Keys that a user may put a secret under, rightly or not, and the user part of an address: never shown.
+_SECRET_KEY = re.compile(r"passw|secret|token|credential|(^|_)key(_id)?$", re.IGNORECASE)
+_SECRET_INSIDE = re.compile(r"passw|secret|token|credential|key", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"//[^/\s]*@")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
 
@@ -158,10 +163,15 @@ def _short(text: str) -> str:
     return line if len(line) <= _SHORT else line[:_SHORT] + "..."
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, key: str) -> str:
     """A value as it was given; what is nested deep or long is left out, before it is written (aliases can make it)."""
+    if _SECRET_KEY.search(key):
+        return "(not shown)"
     try:
-        return _short(_REPR.repr(value))
+        text = _REPR.repr(value)
+        if not isinstance(value, str) and _SECRET_INSIDE.search(text):
+            return "(not shown)"
+        return _short(_IN_ADDRESS.sub("//...@", text))
     except (ValueError, RecursionError):  # a number of too many digits
         return f"a {type(value).__name__}"
 
@@ -182,7 +192,7 @@ def _explain(error: ValidationError, model: type[BaseModel], values: Mapping[str
                 what, fix = "not a size", 'write a number of bytes, "10GB" or "10GiB"'
             case _:
                 what, fix = problem["msg"], "correct the value"
-        value = "" if problem["type"] == "missing" else f" = {_shown(problem['input'])}"
+        value = "" if problem["type"] == "missing" else f" = {_shown(problem['input'], key)}"
         lines.append(f"{prefix}{_short(key)}{value}: {_short(what)}. Fix: {_short(fix)}")
     if len(problems) > _PROBLEMS:
         lines.append(f"{prefix or 'the file'}: {len(problems) - _PROBLEMS} more problems. Fix: correct these first")

@@ -1,6 +1,6 @@
 // A slot's bytes: sealing a page before it is written, and judging one that was read. Pure functions over memory.
 //
-// Belongs here: the part of the on-disk format (storage_backends/local/format.py, version 1) that must run where
+// Belongs here: the part of the on-disk format (storage_backends/format.py, version 1) that must run where
 // the bytes move. Does not belong here: I/O, or headers as a whole (Python prepares them, checksums left 0).
 #pragma once
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from hicache_ext.config import SGLANG_KEYS, Config, ConfigError
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "config"
 TIER = {"type": "memory", "capacity": "1GiB"}
 
 
@@ -63,6 +65,47 @@ def test_errors_name_key_and_fix(values: dict[str, object], parts: list[str]) ->
     for part in parts:
         assert part in str(caught.value)
     assert "Fix:" in str(caught.value)
+
+
+SECRET = "hunter2-secret"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"password": SECRET},
+        {"passwd": [SECRET]},
+        {"secret_access_key": SECRET, "access_key_id": SECRET},
+        {"session_token": SECRET},
+        {"seal_key": SECRET},
+        {"url": f"redis://user:{SECRET}@host/0"},
+        {"url": {"address": f"redis://:{SECRET}@host"}},
+        {"endpoint": f"https://user:{SECRET}@host"},
+        {"url": f"http://{SECRET}@host:notaport"},
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(more: dict[str, object]) -> None:
+    pytest.importorskip("redis")
+    with pytest.raises(ConfigError) as caught:
+        Config.load({"tiers": [{"type": "redis", **more}]})
+    assert SECRET not in str(caught.value)
+    assert "Fix:" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        Config.load({"tiers": {"type": "redis", **more}})
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_loads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With folders and variables of this test in the place of the ones that they name."""
+    text = path.read_text().replace("/var/cache/hicache-ext", str(tmp_path / "tier")).replace("200GiB", "2MiB")
+    for name in re.findall(r"_env: (\w+)", text):
+        monkeypatch.setenv(name, "0f" * 32)
+    for module in re.findall(r"type: (redis|s3)", text):
+        pytest.importorskip({"redis": "redis", "s3": "obstore"}[module])
+    (tmp_path / path.name).write_text(text)
+    config = Config.load(tmp_path / path.name)
+    assert config.tiers
 
 
 def test_a_capacity_beyond_the_disk(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_what_is_not_the_page_is_corrupt(seal: Seal | None, what: str) -> None:
 def test_no_flipped_byte_passes(seal: Seal | None, at: int, flip: int) -> None:
     pool = HostPool(namespace(LENGTHS), 4)
     data = bytearray(stored(pool, seal))
-    data[at] ^= flip
+    data[at % len(data)] ^= flip
     assert judged(pool, seal, bytes(data)) == Outcome.CORRUPT
 
 
