@@ -137,8 +137,8 @@ class Server:
         self._record = open(record, "wb", buffering=0)  # noqa: SIM115 - for the life of the process
         self._chance = random.Random(1)
         self._numbers = count(1)
-        root = _Node(next(self._numbers), "", True)
-        self._nodes = {root.number: root}
+        self._root = _Node(next(self._numbers), "", True)
+        self._nodes = {self._root.number: self._root}
         self._writes = count(1)
         self._late: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
@@ -177,7 +177,7 @@ class Server:
         try:
             if call is None:
                 raise _Refused(errno.ENOSYS)
-            answer = call(self._nodes[node] if node else None, request[_IN.size : length], unique)
+            answer = call(self._nodes.get(node, self._root), request[_IN.size : length], unique)
         except _Refused as refused:
             self._answer(unique, b"", refused.number)
         else:
@@ -186,6 +186,7 @@ class Server:
 
     def _answer(self, unique: int, data: bytes, error: int = 0) -> None:
         with contextlib.suppress(OSError):  # whoever asked is dead
+            data = b"" if error else data
             os.write(self.fd, _OUT.pack(_OUT.size + len(data), -error, unique) + data)
 
     def _say(self, *event: object) -> None:
@@ -193,9 +194,10 @@ class Server:
 
     # Each: (node, request without its head, number of the request) to the answer; None: it comes later.
 
-    def _init(self, node: object, data: bytes, unique: int) -> bytes:
+    def _init(self, node: _Node, data: bytes, unique: int) -> bytes:
         major, _, readahead, offered = struct.unpack_from("<IIII", data)
-        wanted = (1 << 0 | 1 << 5 | 1 << 15 | 1 << 18 | 1 << 22) & offered  # async reads and direct I/O, big requests
+        # Asynchronous reads and direct I/O (in which the kernel makes a short write an EIO), big requests.
+        wanted = (1 << 0 | 1 << 5 | 1 << 15 | 1 << 18 | 1 << 22) & offered
         return struct.pack(
             "<IIIIHHIIHHI7I", major, 31, readahead, wanted, 64, 48, _MAX_WRITE, 1, _MAX_WRITE // 4096, 0, 0, *[0] * 7
         )
@@ -319,8 +321,8 @@ class Server:
             if faults.flip and found:
                 found[self._chance.randrange(len(found))] ^= 1 << self._chance.randrange(8)
             if faults.cut:
-                del found[len(found) // 2 // 4096 * 4096 :]
-            self._answer(unique, b"" if faults.error else bytes(found), faults.error)
+                del found[_half(len(found)) :]
+            self._answer(unique, bytes(found), faults.error)
 
         self._later(faults.delay, answer)
         return None
@@ -335,7 +337,7 @@ class Server:
             return struct.pack("<II", size, 0)
         faults = self.plan.decide(True)
         self.plan.report()
-        taken = b"" if faults.error else payload[: size // 2 // 4096 * 4096] if faults.cut else payload
+        taken = b"" if faults.error else payload[: _half(size)] if faults.cut else payload
         self._say(Kind.BEGIN, node.path, number, offset, taken)
 
         def answer() -> None:
@@ -351,6 +353,11 @@ class Server:
         node.data.extend(bytes(max(0, offset + len(data) - len(node.data))))
         node.data[offset : offset + len(data)] = data
         node.changed = time.time_ns()
+
+
+def _half(size: int) -> int:
+    """A part of a transfer, in whole sectors."""
+    return size // 2 // 512 * 512
 
 
 def main(mountpoint: str, plan: str, record: str) -> None:

@@ -135,6 +135,7 @@ class LogWriter:
 
     def close(self) -> None:
         os.close(self._fd)
+        self._fd = -1  # a late append fails, and does not land in whatever gets the number next
 
 
 class LogReader:

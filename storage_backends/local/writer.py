@@ -305,9 +305,11 @@ class Writer:
         return True
 
     def close(self, quiet: bool) -> None:
-        """quiet: no I/O of ours is in flight. If some is, the lock and the files stay open until the process ends."""
-        self._log.close()
+        """quiet: no I/O of ours is in flight. If some is, the lock and the files stay open until the process ends, and
+        what still comes to its end is logged.
+        """
         if quiet:
+            self._log.close()
             for extent in self.extents.values():
                 extent.doom()
             os.close(self._lock_fd)
