@@ -25,8 +25,8 @@ import pytest
 
 from hicache_ext.page import KEY_BYTES, Namespace
 from storage_backends.base import Outcome
+from storage_backends.format import FormatError, SlotShape
 from storage_backends.local import LocalBackend, slot_transfers
-from storage_backends.local.format import FormatError, SlotShape
 from storage_backends.local.residency import NAME, RECORD_BYTES, Kind, Record
 from storage_backends.local.slots import Verdict
 from tests import fuse

@@ -20,8 +20,8 @@ import pytest
 
 from hicache_ext.store.tiered import Tier, TieredStore
 from storage_backends.base import Completion, OptionError, Outcome
+from storage_backends.format import BLOCK, SlotShape
 from storage_backends.local import LocalBackend
-from storage_backends.local.format import BLOCK, SlotShape
 from tests.fuse import fuse_disk
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.tiers import Open, local_tiers
@@ -259,3 +259,18 @@ def test_a_write_that_the_kernel_takes_only_in_part(tmp_path: Path, engine: str)
         assert served(backend, keys) == [Outcome.HIT] * 5 + [Outcome.MISS] * 7
         assert store(backend, keys) == [Outcome.HIT] * 12
         assert served(backend, keys) == [Outcome.HIT] * 12
+
+
+@pytest.mark.slow
+def test_a_page_that_is_written_after_the_close_is_known_to_the_next(parts: tuple[Open, Faults]) -> None:
+    """Close gave up waiting; the device takes the page after all, and it is acknowledged: the log must say so too."""
+    open_one, faults = parts
+    tier, keys = scanned(open_one()), chain("a", 4)
+    faults(write=[{"fault": "delay", "seconds": 9}])
+    late = tier.write(HostPool(SPACE, 4).write_batch(keys))
+    time.sleep(0.1)
+    tier.close()
+    assert not late.done
+    faults()
+    assert late.result(PATIENCE) == [Outcome.HIT] * 4
+    assert served(open_one(), keys) == [Outcome.HIT] * 4
