@@ -14,9 +14,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
+from storage_backends.buffers import OwnedMemory
 from storage_backends.local.engine import EngineUnavailable, IoEngine, Transfer
 from storage_backends.local.engine_common import check_iov, end, on_a_thread_of_its_own
 from storage_backends.local.slots import CancelFlag, Ended, SlotEngine, SlotGroup
@@ -31,6 +34,8 @@ except ImportError as error:  # built for another machine than this one
 logger = logging.getLogger(__name__)
 
 _NO_COPIES = np.empty(0, np.uint64)
+_PROBE_BYTES = 4096
+_PROBE_SECONDS = 5.0
 
 
 class _Job:
@@ -46,18 +51,23 @@ class NativeEngine(IoEngine, SlotEngine):
     """rings: rings, and threads for them. depth: pages in flight at a time in each of them.
 
     sqpoll: a kernel thread takes the requests (it spins: CPU for latency). iopoll: completions are polled (only for
-    devices with polled queues, and direct I/O). direct: whether the files will do O_DIRECT; without it reads and writes
+    devices with polled queues, and direct I/O); tried first on a file in `directory`, where that is given, and left
+    off, with a line, where it does not work. direct: whether the files will do O_DIRECT; without it reads and writes
     copy to and from the page cache, which more threads than these do better.
     """
 
     name = "native"
-    option_names = frozenset({"rings", "depth", "sqpoll", "iopoll", "direct"})
+    option_names = frozenset({"rings", "depth", "sqpoll", "iopoll", "direct", "directory"})
 
     def __init__(
-        self, rings: int = 2, depth: int = 32, sqpoll: bool = False, iopoll: bool = False, direct: bool = True
-    ) -> None:
+        self, rings: int = 2, depth: int = 32, sqpoll: bool = False, iopoll: bool = False, direct: bool = True,
+        directory: Path | None = None,
+    ) -> None:  # fmt: skip
         if not direct:
             raise EngineUnavailable("the file system does no direct I/O")
+        if iopoll and directory is not None and (problem := polling_refused(directory)):
+            logger.warning("I/O engine native: completions are not polled: %s", problem)
+            iopoll = False
         try:
             self._io = _io.Engine(rings, depth, sqpoll, iopoll)
         except _io.Unavailable as error:
@@ -169,6 +179,41 @@ class NativeEngine(IoEngine, SlotEngine):
         self._io.stop_reaping()
         if threading.current_thread() is not self._thread:
             self._thread.join(1.0)
+
+
+def polling_refused(directory: Path) -> str:
+    """Why completions of I/O on files in `directory` cannot be polled for; empty where they can. Tried for real: the
+    kernel says it only to a request.
+    """
+    try:
+        engine = NativeEngine(rings=1, depth=1, iopoll=True)
+    except EngineUnavailable as error:
+        return str(error)
+    memory, path = OwnedMemory(_PROBE_BYTES), directory / f".probe-{os.getpid()}-{os.urandom(4).hex()}"
+    iov = np.array([[memory.address, _PROBE_BYTES]], np.uint64)
+    results: SimpleQueue[int] = SimpleQueue()
+
+    def done(moved: int, _: OwnedMemory = memory) -> None:  # which must last as long as a device may write to it
+        results.put(moved)
+
+    fd = -1
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        for write in (True, False):
+            engine.submit([Transfer(fd, 0, iov, write, done)])
+            moved = results.get(timeout=_PROBE_SECONDS)
+            if moved != _PROBE_BYTES:
+                return os.strerror(-moved) if moved < 0 else "a transfer stopped half way"
+    except OSError as error:
+        return f"open with O_DIRECT: {error.strerror}"
+    except Empty:
+        return "the device does not answer"
+    finally:
+        path.unlink(missing_ok=True)
+        engine.close(_PROBE_SECONDS)
+        if fd >= 0:
+            os.close(fd)
+    return ""
 
 
 def _cancel_address(transfer: Transfer) -> int:

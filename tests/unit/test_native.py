@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import random
 import subprocess
@@ -28,7 +29,7 @@ from storage_backends.base import Dispatcher, Outcome
 from storage_backends.buffers import OwnedMemory
 from storage_backends.format import BLOCK, ExtentHeader, SlotHeader, SlotHeaders, SlotShape
 from storage_backends.local import LocalBackend
-from storage_backends.local.engine import Transfer
+from storage_backends.local.engine import Transfer, open_engine
 from storage_backends.local.engine_threads import ThreadsEngine
 from storage_backends.local.extents import Extent
 from storage_backends.local.files import DirectIo
@@ -37,7 +38,7 @@ from storage_backends.local.slots import CancelFlag, SlotEngine, SlotGroup, Slot
 from tests.pages import HostPool, chain, namespace
 
 _io = pytest.importorskip("hicache_ext._io", reason="not built")
-from storage_backends.local.engine_native import NativeEngine  # noqa: E402 - only where it is built
+from storage_backends.local.engine_native import NativeEngine, polling_refused  # noqa: E402 - only where it is built
 
 PATIENCE = 30.0
 SHAPES = [(8192, 8192), (4096,), (65536 + 4096, 4096), (70272,), (1 << 20, 1 << 20)]
@@ -407,6 +408,31 @@ def test_sqpoll_works_where_it_is_allowed(tmp_path: Path) -> None:
     assert engine.close(PATIENCE)
 
 
+@pytest.mark.parametrize(
+    "engine_options", [{"sqpoll": True}, {"iopoll": True}, {"sqpoll": True, "iopoll": True}], ids=str
+)
+def test_polling_works_or_is_left_off_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, engine_options: dict[str, bool]
+) -> None:
+    """A device without polled queues refuses each request, not the ring: that must show before a page depends on it."""
+    with caplog.at_level(logging.WARNING):
+        engine = open_engine("native", directory=tmp_path, **engine_options)
+    assert isinstance(engine, NativeEngine)
+    refused = polling_refused(tmp_path) if "iopoll" in engine_options else ""
+    assert [f"completions are not polled: {refused}" in record.message for record in caplog.records] == [True] * bool(
+        refused
+    )
+    assert ("SQPOLL" in engine.description) == ("sqpoll" in engine_options)
+    assert ("IOPOLL" in engine.description) == ("iopoll" in engine_options and not refused)
+    assert list(tmp_path.iterdir()) == [], "the probe's file is gone"
+    slots, keys = Slots(tmp_path / "f", namespace(), 40), chain("a", 40)
+    slots.run(engine, keys, True).wait(40)
+    slots.pool.poison()
+    assert slots.run(engine, keys, False).wait(40) == [Verdict.VALID] * 40
+    assert all(slots.pool.right(page, key) for page, key in enumerate(keys))
+    assert engine.close(PATIENCE)
+
+
 _LITTLE_MEMLOCK = """
     import logging, os, resource, sys
     import numpy as np
@@ -477,7 +503,7 @@ def test_the_interpreter_ends_with_an_engine_open_and_busy(tmp_path: Path) -> No
     program = """
         import os, sys, numpy as np
         from storage_backends.buffers import OwnedMemory
-        from storage_backends.local.engine import Transfer
+        from storage_backends.local.engine import Transfer, open_engine
         from storage_backends.local.engine_native import NativeEngine
         memory = OwnedMemory(4 << 20)
         fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
