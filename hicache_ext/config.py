@@ -12,10 +12,10 @@ import reprlib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from storage_backends.base import Backend, BackendOptions, OptionError
 from storage_backends.registry import backend_class
@@ -66,12 +66,20 @@ class ModelConfig(BaseModel):
 
 
 class TierConfig(BaseModel):
-    """One tier: its backend's name (`type`), a name of its own for logs and metrics, and the backend's options."""
+    """One tier: its backend's name (`type`), a name of its own for logs and metrics, and the backend's options.
+
+    write, write_hits: which pages reach a tier that is not the first, always in the background: "through", every page
+    that is written; "evicted", those that the tier before is about to evict; "hits", those read `write_hits` times.
+    promote: which pages that are read from such a tier go up to the first: "always", "second_hit", "never".
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     type: str
     name: str = ""
+    write: Literal["through", "evicted", "hits"] = "through"
+    write_hits: int = Field(default=2, ge=1)
+    promote: Literal["always", "second_hit", "never"] = "always"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -94,6 +102,8 @@ class Config(BaseModel):
     """Keeps this server's pages apart from others' with another salt."""
     host_huge_pages: bool = True
     """SGLang's host pool in huge pages, prefaulted (with the plugin, when our backend is on the command line)."""
+    background_bytes: ByteSize = Field(default=ByteSize(512 << 20), ge=1 << 20)
+    """Memory, for each tier, that may hold copies of pages on their way to it in the background."""
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any]) -> Config:
@@ -106,6 +116,11 @@ class Config(BaseModel):
             raise ConfigError(_explain(error, cls, ours)) from error
         for i in range(len(config.tiers)):
             config.backend(i)
+        for key in ("write", "write_hits", "promote"):
+            if key in config.tiers[0].model_fields_set:
+                raise ConfigError(
+                    f"tiers[0].{key}: the first tier gets every page. Fix: remove it, or set it on a further tier"
+                )
         labels = [tier.label for tier in config.tiers]
         for label in labels:
             if labels.count(label) > 1:

@@ -69,6 +69,7 @@ class Capabilities:
     native_ttl: the store expires pages itself. max_page_bytes: 0 = no limit.
     alignment: address and length alignment (bytes) at which no bounce copy is needed; 1 = any memory will do.
     medium: name for KV events ("DISK", "EXTERNAL", "CPU").
+    knows: `lookup` answers from this process's memory, and for all pages: it costs little and asks nobody.
     """
 
     persistent: bool
@@ -77,6 +78,7 @@ class Capabilities:
     max_page_bytes: int = 0
     alignment: int = 1
     medium: str = "EXTERNAL"
+    knows: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,14 @@ class KeyBatch:
     def key(self, i: int) -> bytes:
         return self.keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]
 
+    def only(self, pages: list[int]) -> KeyBatch:
+        """The keys of only these pages, in this order."""
+        if len(pages) == len(self) and type(self) is KeyBatch:
+            return self
+        cut = [slice(i * KEY_BYTES, (i + 1) * KEY_BYTES) for i in pages]
+        parents = None if self.parents is None else b"".join([self.parents[at] for at in cut])
+        return KeyBatch(self.namespace, b"".join([self.keys[at] for at in cut]), parents)
+
     def parent(self, i: int) -> bytes | None:
         """The parent's key, or None where it is unknown."""
         if self.parents is None:
@@ -108,7 +118,8 @@ class PageBatch(KeyBatch):
     addresses, lengths: uint64[m], one entry per buffer. offsets: int64[n + 1]; page i owns the buffers
     offsets[i]:offsets[i + 1]. owner keeps the memory alive until the batch's completion.
     tokens: uint32[n, page_size]; event_hashes: int64[n, 2] (hash, parent hash; 0 = unknown): kept with the page
-    for KV events, None where the engine did not give them.
+    for KV events, None where the engine did not give them. used: a read counts as a use of the pages, for eviction;
+    not so when they are read on their way out.
     """
 
     addresses: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
@@ -117,6 +128,7 @@ class PageBatch(KeyBatch):
     owner: Any = None
     tokens: np.ndarray | None = None
     event_hashes: np.ndarray | None = None
+    used: bool = True
 
     def buffers(self, i: int) -> Buffers:
         """Page i's buffers as writable views. Valid while `owner` lives."""
@@ -142,6 +154,7 @@ class PageBatch(KeyBatch):
             self.owner,
             None if self.tokens is None else self.tokens[pages],
             None if self.event_hashes is None else self.event_hashes[pages],
+            self.used,
         )
 
 
@@ -294,6 +307,14 @@ class Backend(ABC):
     @abstractmethod
     def remove(self, batch: KeyBatch) -> int:
         """Forget these pages; how many were there."""
+
+    def going(self, most: int) -> list[tuple[bytes, bytes]]:
+        """Up to `most` of the pages that will be evicted next, as (namespace digest, packed keys): those without which
+        a tenth of the tier would be free, so none while that is so.
+
+        Asked several times a second where the tier below wants to have them first.
+        """
+        return []
 
     def clear(self, namespaces: Iterable[Namespace]) -> None:
         """Forget every page of these namespaces."""

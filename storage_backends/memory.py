@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 import numpy as np
 from pydantic import ByteSize
@@ -18,12 +19,16 @@ from storage_backends.base import (
     BlockingBackend,
     Buffers,
     Capabilities,
+    Completion,
     Dispatcher,
     KeyBatch,
     Outcome,
+    PageBatch,
     Residency,
 )
 from storage_backends.checksum import crc32c
+
+_NEARLY_FULL = 0.9
 
 
 class MemoryOptions(BackendOptions):
@@ -36,7 +41,7 @@ class MemoryBackend(BlockingBackend):
     """Pages in a dictionary, least recently used first."""
 
     Options = MemoryOptions
-    capabilities = Capabilities(persistent=False, shared=False, medium="CPU")
+    capabilities = Capabilities(persistent=False, shared=False, medium="CPU", knows=True)
     options: MemoryOptions
 
     def __init__(self, options: MemoryOptions, dispatcher: Dispatcher) -> None:
@@ -53,12 +58,19 @@ class MemoryBackend(BlockingBackend):
     def lookup_local(self, batch: KeyBatch) -> np.ndarray:
         return self.lookup(batch)
 
+    def read(self, batch: PageBatch) -> Completion:
+        if batch.used:
+            with self._lock:
+                for page in range(len(batch)):
+                    if (batch.namespace.digest, batch.key(page)) in self._pages:
+                        self._pages.move_to_end((batch.namespace.digest, batch.key(page)))
+        return super().read(batch)
+
     def get(self, namespace: Namespace, key: bytes, buffers: Buffers) -> Outcome:
         with self._lock:
             page = self._pages.get((namespace.digest, key))
             if page is None:
                 return Outcome.MISS
-            self._pages.move_to_end((namespace.digest, key))
         data, checksum = page
         if len(data) != sum(map(len, buffers)) or crc32c(data) != checksum:
             self._counts["corrupt"] += 1
@@ -100,6 +112,17 @@ class MemoryBackend(BlockingBackend):
             self._bytes -= len(page[0])
         self.report(Residency.REMOVED, namespace.digest, key)
         return True
+
+    def going(self, most: int) -> list[tuple[bytes, bytes]]:
+        spaces: dict[bytes, list[bytes]] = {}
+        with self._lock:
+            left = self._bytes
+            for (digest, key), (data, _) in islice(self._pages.items(), most):
+                if left < _NEARLY_FULL * self.options.capacity:
+                    break
+                left -= len(data)
+                spaces.setdefault(digest, []).append(key)
+        return [(digest, b"".join(keys)) for digest, keys in spaces.items()]
 
     def clear(self, namespaces: Iterable[Namespace]) -> None:
         for namespace in namespaces:

@@ -76,7 +76,9 @@ class LocalBackend(Backend):
                 "path", str(options.path), f"holds another format: {error}",
                 "use the program version that wrote it, or another directory, or delete this one",
             ) from error  # fmt: skip
-        self.capabilities = Capabilities(persistent=True, shared=True, alignment=direct.alignment, medium="DISK")
+        self.capabilities = Capabilities(
+            persistent=True, shared=True, alignment=direct.alignment, medium="DISK", knows=True
+        )
         # An engine that is asked for by name is taken as it is.
         hints = {"direct": direct.works} if options.engine == "auto" else {}
         self._engine: IoEngine = open_engine(options.engine, **hints)

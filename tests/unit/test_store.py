@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hicache_ext.config import Config
 from hicache_ext.store import NO_TIER, TieredStore
+from hicache_ext.store.copies import CopyBudget
 from hicache_ext.store.health import Health, State
-from hicache_ext.store.staging import StagingBudget
 from hicache_ext.store.tiered import Tier
 from storage_backends.base import (
     Backend,
@@ -147,14 +147,14 @@ def test_a_read_in_time_for_its_deadline_is_a_read(scripted: tuple[TieredStore, 
 
 def test_staging_memory_is_bounded(scripted: tuple[TieredStore, Scripted]) -> None:
     store, backend = scripted
-    store._staging = StagingBudget(3 * 8192)
+    store._staging = CopyBudget(3 * 8192)
     backend.gate.clear()
     outcomes = [store.read(HostPool(SPACE, 2).batch(chain(f"{i}", 2)), time.monotonic() + 0.3) for i in range(2)]
     assert outcomes[1].result(5) == [Outcome.REJECTED] * 2
     backend.gate.set()
     assert outcomes[0].result(5) == [Outcome.HIT] * 2
     time.sleep(0.05)
-    assert store._staging.used == 0
+    assert store._staging.bytes == store._staging.pages == 0
 
 
 def test_a_failing_tier_is_left_alone_and_comes_back(scripted: tuple[TieredStore, Scripted]) -> None:

@@ -1,0 +1,113 @@
+"""Copies of pages in memory of our own, within a budget: what may be used after the engine has its pages back.
+
+Belongs here: owned memory for pages, and copying from page to page. Does not belong here: why a copy is made
+(staging.py: a read that may not wait; behind.py: a write that comes later).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from storage_backends.base import PageBatch
+from storage_backends.buffers import OwnedMemory
+
+ALIGNMENT = 4096
+#: Blocks of memory are taken in these sizes and doubles of it, so that one that was given back fits the next batch.
+_SMALLEST = 2 << 20
+
+
+class CopyBudget:
+    """Bytes and pages that may be held in copies at once. What is beyond it is refused, never waited for.
+
+    Memory that comes back is kept for the next batch, within the same limit: making it anew costs a page fault for
+    every page of it.
+    """
+
+    def __init__(self, most_bytes: int, most_pages: int | None = None) -> None:
+        self.most_bytes, self.most_pages = most_bytes, most_pages
+        self.bytes = self.pages = 0
+        self._kept: dict[int, list[OwnedMemory]] = {}
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+
+    def take(self, batch: PageBatch) -> PageBatch | None:
+        """A batch of the same pages with buffers of ours, not filled yet; None beyond the budget. `give` it back."""
+        starts = np.zeros(len(batch.lengths) + 1, np.uint64)
+        np.cumsum((batch.lengths + np.uint64(ALIGNMENT - 1)) & ~np.uint64(ALIGNMENT - 1), out=starts[1:])
+        size = max(ALIGNMENT, int(starts[-1]))
+        room = _SMALLEST
+        while room < size:
+            room *= 2
+        with self._lock:
+            if self.bytes + size > self.most_bytes:
+                return None
+            if self.most_pages is not None and self.pages + len(batch) > self.most_pages:
+                return None
+            self.bytes += size
+            self.pages += len(batch)
+            kept = self._kept.get(room)
+            memory = kept.pop() if kept else None
+            if memory is not None:
+                self._kept_bytes -= room
+        if memory is None:
+            try:
+                memory = OwnedMemory(room)
+            except (OSError, MemoryError):
+                with self._lock:
+                    self.bytes -= size
+                    self.pages -= len(batch)
+                return None
+        return replace(batch, addresses=starts[:-1] + np.uint64(memory.address), owner=_Held(memory, size))
+
+    def give(self, batch: PageBatch) -> None:
+        """A batch that `take` gave, which nothing uses any more."""
+        held = batch.owner
+        assert isinstance(held, _Held)
+        with self._lock:
+            self.bytes -= held.size
+            self.pages -= len(batch)
+            keep = self._kept_bytes + held.memory.size <= self.most_bytes // 4
+            if keep:
+                self._kept_bytes += held.memory.size
+                self._kept.setdefault(held.memory.size, []).append(held.memory)
+        if not keep:
+            held.memory.close()
+
+    def close(self) -> None:
+        """Give the kept memory back to the machine."""
+        with self._lock:
+            kept, self._kept, self._kept_bytes = self._kept, {}, 0
+        for memories in kept.values():
+            for memory in memories:
+                memory.close()
+
+
+class _Held:
+    def __init__(self, memory: OwnedMemory, size: int) -> None:
+        self.memory, self.size = memory, size
+
+
+def copy_pages(source: PageBatch, pages: Sequence[int], target: PageBatch, their_pages: Sequence[int]) -> bool:
+    """Copy pages' bytes between batches' buffers; False (nothing copied) when sizes differ. Other threads run on."""
+    moves = []
+    for page, their_page in zip(pages, their_pages, strict=True):
+        ours = slice(int(source.offsets[page]), int(source.offsets[page + 1]))
+        theirs = slice(int(target.offsets[their_page]), int(target.offsets[their_page + 1]))
+        if source.lengths[ours].tolist() != target.lengths[theirs].tolist():
+            return False
+        moves += list(
+            zip(source.addresses[ours].tolist(), target.addresses[theirs].tolist(), source.lengths[ours].tolist(),
+                strict=True)
+        )  # fmt: skip
+    for origin, goal, length in moves:
+        np.copyto(_view(goal, length), _view(origin, length))  # releases the GIL, as ctypes.memmove does not
+    return True
+
+
+def _view(address: int, length: int) -> np.ndarray:
+    return np.frombuffer(memoryview((ctypes.c_char * length).from_address(address)), np.uint8)
