@@ -162,7 +162,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
 
     @answers(none_of)
     def batch_get_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
-        return self._get(self._pools[KV], keys, host_indices)
+        return self._get(self._pools[KV], keys, host_indices, extra_info)
 
     @answers(none_of)
     def batch_set_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
@@ -213,7 +213,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
     @answers(none_of_transfers)
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         return {
-            transfer.name: self._one_pool("batch_get_v2", transfer, self._get, transfer.host_indices)
+            transfer.name: self._one_pool("batch_get_v2", transfer, self._get, transfer.host_indices, extra_info)
             for transfer in transfers
         }
 
@@ -248,7 +248,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
         parents = chain_parents(packed, _parent(extra_info)) if pool.name == KV else None
         return self.store.lookup(KeyBatch(space, packed, parents)) != NO_TIER
 
-    def _get(self, pool: HostPool, keys: Sequence[str], host_indices: Any) -> list[bool]:
+    def _get(self, pool: HostPool, keys: Sequence[str], host_indices: Any, extra_info: Any) -> list[bool]:
         if pool.access is Access.NOTHING:
             return [True] * len(keys)
         space = self._namespace(pool)
@@ -257,7 +257,9 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             return [False] * len(keys)
         since = time.monotonic()
         pages = pool.locate(host_indices, len(keys), reading=True)
-        batch = PageBatch(space, pack_keys(keys), None, pages.addresses, pages.lengths, pages.offsets, pages.owner)
+        packed = pack_keys(keys)
+        parents = chain_parents(packed, _parent(extra_info)) if pool.name == KV else None
+        batch = PageBatch(space, packed, parents, pages.addresses, pages.lengths, pages.offsets, pages.owner)
         outcomes = self._wait(self.store.read(batch))
         # Nothing after the first page that is not there is worth reading: the prefix ends here.
         good = policies.prefix_length(np.frombuffer(outcomes, np.uint8) == Outcome.HIT)
