@@ -1,0 +1,218 @@
+"""`hicache-ext config`: what a configuration file means, and whether its tiers answer.
+
+Belongs here: the words for it, tables and JSON. Does not belong here: the schema (hicache_ext.config), the state of
+this machine and its disks (hicache_ext.doctor), or how fast tiers are (`hicache-ext bench`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hicache_ext.config import Config, ConfigError, TierConfig
+from hicache_ext.doctor.isolation import Call, ask
+from hicache_ext.page import KEY_BYTES, Namespace, PageLayout
+from storage_backends.base import Backend, Dispatcher, KeyBatch, Outcome, PageBatch
+from storage_backends.buffers import OwnedMemory
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
+
+_SECONDS = 10.0
+_WRITES = {
+    "through": "every page that is written, in the background",
+    "evicted": "pages that the tier before is about to evict, in the background",
+    "hits": "pages read {hits} times, in the background",
+}
+_PROMOTES = {
+    "always": "what is read here goes up to the first tier",
+    "second_hit": "what is read here twice goes up to the first tier",
+    "never": "what is read here stays here",
+}
+
+
+@dataclass
+class Ping:
+    """What a tier said. seconds: of the lookup, and of the page that was written and read, where that was asked for."""
+
+    problem: str = ""
+    fix: str = ""
+    persistent: bool = False
+    shared: bool = False
+    medium: str = ""
+    lookup_ms: float | None = None
+    write_ms: float | None = None
+    read_ms: float | None = None
+    stats: dict[str, int | float | str] = field(default_factory=dict)
+
+
+@app.callback()
+def _group() -> None:
+    """Configuration files."""
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=".yaml, .json or .toml", show_default=False)],
+    write: Annotated[
+        bool, typer.Option("--write", help="Also store, read back, compare and remove one page of 64 KiB in each tier.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Explain a configuration, open each of its tiers and ask it for a page.
+
+    Says what would run: which tiers in which order, which pages reach each of them, and what each can do. A lookup
+    changes nothing; `--write` stores a page in a namespace of its own and removes it again. A local tier takes a
+    writer's part of the directory for that moment, so leave `--write` out beside a busy server.
+
+    Ends with code 0; 1 where a tier does not answer; 2 where the file is wrong.
+    """
+    try:
+        config = Config.load(file)
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    answers = ask([Call(partial(_ping, config, i, write), _SECONDS) for i in range(len(config.tiers))])
+    pings = [
+        answer.value if not answer.problem
+        else Ping(answer.problem, "look whether its server or disk answers") for answer in answers
+    ]  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(_as_dict(file, config, pings), indent=1))
+    else:
+        _print(file, config, pings)
+    raise typer.Exit(1 if any(ping.problem for ping in pings) else 0)
+
+
+def reaches(config: Config, tier: int) -> str:
+    """Which pages get to a tier, in words."""
+    chosen = config.tiers[tier]
+    return "every page that is written" if tier == 0 else _WRITES[chosen.write].format(hits=chosen.write_hits)
+
+
+def _ping(config: Config, tier: int, write: bool) -> Ping:
+    logging.disable(logging.CRITICAL)  # what a backend has to say is said by its outcome here
+    chosen, options = config.backend(tier)
+    dispatcher = Dispatcher()
+    try:
+        backend = chosen(options, dispatcher)
+    except Exception as error:
+        text, _, fix = str(error).partition(". Fix: ")
+        return Ping(text or type(error).__name__, fix or "look whether its server or disk answers")
+    try:
+        return _ask(backend, write)
+    finally:
+        backend.close()
+        dispatcher.close()
+
+
+def _ask(backend: Backend, write: bool) -> Ping:
+    told = backend.capabilities
+    ping = Ping(persistent=told.persistent, shared=told.shared, medium=told.medium)
+    space = Namespace("hicache-ext config check", "", PageLayout("check", "flat", "uint8", 1, (64 << 10,)))
+    key = os.urandom(KEY_BYTES)
+    since = time.monotonic()
+    found = backend.lookup(KeyBatch(space, key))
+    ping.lookup_ms = _ms(since)
+    if found.any():
+        ping.problem, ping.fix = "says that it has a page that nobody stored", "report this"
+    if write and not ping.problem:
+        _round_trip(backend, space, key, ping)
+    ping.stats = dict(backend.stats())
+    state = str(ping.stats.get("state", "ok"))
+    if not ping.problem and state not in ("ok", "disk full"):
+        ping.problem, ping.fix = state, "look whether its server or disk answers"
+    return ping
+
+
+def _round_trip(backend: Backend, space: Namespace, key: bytes, ping: Ping) -> None:
+    size = space.layout.payload_bytes
+    memory = OwnedMemory(size)
+    page = np.frombuffer(memory.view, np.uint8)
+    page[:] = np.frombuffer(os.urandom(size), np.uint8)
+    before = page.copy()
+    batch = PageBatch(
+        space, key, None, np.array([memory.address], np.uint64), np.array([size], np.uint64),
+        np.array([0, 1], np.int64), memory,
+    )  # fmt: skip
+    since = time.monotonic()
+    stored = backend.write(batch).result()[0]
+    ping.write_ms = _ms(since)
+    page[:] = 0
+    since = time.monotonic()
+    read = backend.read(batch).result()[0] if stored == Outcome.HIT else stored
+    ping.read_ms = _ms(since)
+    backend.remove(KeyBatch(space, key))
+    if stored != Outcome.HIT:
+        ping.problem, ping.fix = f"a write ended as {stored.name}", "look at its room, rights and health in `stats`"
+    elif read != Outcome.HIT:
+        ping.problem, ping.fix = f"the page came back as {read.name}", "look at its health in `stats`"
+    elif not np.array_equal(page, before):
+        ping.problem, ping.fix = "gave back other bytes than were stored", "report this"
+
+
+def _ms(since: float) -> float:
+    return round((time.monotonic() - since) * 1e3, 3)
+
+
+def _options(config: Config, tier: int) -> dict[str, str]:
+    """The backend's options as they will be used; secrets show as stars."""
+    _, options = config.backend(tier)
+    shown = {name: str(value) for name, value in options if value is not None}
+    given = config.tiers[tier].options
+    return {name: value if name in given else f"{value} (default)" for name, value in shown.items()}
+
+
+def _print(file: Path, config: Config, pings: list[Ping]) -> None:
+    out = Console(soft_wrap=True, highlight=False)
+    out.print(f"{file}: valid, {len(pings)} tier{'s' if len(pings) > 1 else ''}, fast to slow", markup=False)
+    for i, (tier, ping) in enumerate(zip(config.tiers, pings, strict=True)):
+        table = Table(box=box.SIMPLE, show_header=False, title=f"{i}: {_named(tier)}", title_justify="left")
+        table.add_row("gets", reaches(config, i))
+        if i:
+            table.add_row("gives", _PROMOTES[tier.promote])
+        for name, value in _options(config, i).items():
+            table.add_row(name, value)
+        if ping.problem:
+            table.add_row("[red]does not answer[/red]", ping.problem)
+            table.add_row("fix", ping.fix)
+        else:
+            kept = "kept over restarts" if ping.persistent else "gone with the process"
+            whose = "shared with other processes" if ping.shared else "this process's own"
+            table.add_row("[green]answers[/green]", f"{ping.medium}, {kept}, {whose}")
+            table.add_row("lookup", f"{ping.lookup_ms} ms")
+            if ping.write_ms is not None:
+                table.add_row("write, read", f"{ping.write_ms} ms, {ping.read_ms} ms, bytes equal")
+        out.print(table)
+    out.print(f"salt: {'set' if config.salt else 'none'}", markup=False)
+    if len(pings) > 1:
+        out.print(f"background copies: up to {config.background_bytes.human_readable()} of memory a tier")
+
+
+def _named(tier: TierConfig) -> str:
+    return tier.label if tier.label == tier.type else f"{tier.label} ({tier.type})"
+
+
+def _as_dict(file: Path, config: Config, pings: list[Ping]) -> dict[str, Any]:
+    return {
+        "file": str(file),
+        "ok": not any(ping.problem for ping in pings),
+        "tiers": [
+            {
+                "name": tier.label, "type": tier.type, "gets": reaches(config, i), "write": tier.write,
+                "promote": tier.promote, "options": _options(config, i), **asdict(ping),
+            }
+            for i, (tier, ping) in enumerate(zip(config.tiers, pings, strict=True))
+        ],
+    }  # fmt: skip

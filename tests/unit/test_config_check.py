@@ -1,0 +1,104 @@
+"""`config check`: what it says of good, wrong and silent tiers. Real tiers, in processes of the command's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from typer.testing import CliRunner
+
+from hicache_ext.cli.main import app
+from storage_backends.base import BackendOptions, Completion, Dispatcher, KeyBatch, PageBatch
+from storage_backends.memory import MemoryBackend, MemoryOptions
+
+
+class Silent(MemoryBackend):
+    """Its server is not there."""
+
+    def __init__(self, options: BackendOptions, dispatcher: Dispatcher) -> None:
+        raise ConnectionRefusedError("nobody listens at 127.0.0.1:1")
+
+
+class Dead(MemoryBackend):
+    """Kills its process, as a library with a bug does."""
+
+    def lookup(self, batch: KeyBatch) -> np.ndarray:
+        import os
+
+        os.abort()
+
+
+class Liar(MemoryBackend):
+    """Gives back a byte that nobody stored, as no backend of ours can: it does not verify."""
+
+    Options = MemoryOptions
+
+    def read(self, batch: PageBatch) -> Completion:
+        done = super().read(batch)
+        done.wait()
+        batch.buffers(0)[0][5] ^= 1
+        return done
+
+
+def _check(folder: Path, tiers: list[dict[str, Any]], *arguments: str) -> tuple[int, Any, str]:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump({"tiers": tiers}))
+    done = CliRunner().invoke(app, ["config", "check", str(file), *arguments])
+    return done.exit_code, json.loads(done.stdout) if "--json" in arguments and done.stdout else None, done.output
+
+
+def _local(folder: Path) -> dict[str, Any]:
+    return {"type": "local", "path": str(folder / "tier"), "capacity": "64MiB"}
+
+
+def test_a_cascade_is_explained_and_answers(tmp_path: Path) -> None:
+    tiers = [_local(tmp_path), {"type": "memory", "name": "ram", "write": "hits", "write_hits": 3, "promote": "never"}]
+    code, told, _ = _check(tmp_path, tiers, "--json", "--write")
+    assert code == 0
+    assert told["ok"]
+    near, far = told["tiers"]
+    assert (near["gets"], far["gets"]) == ("every page that is written", "pages read 3 times, in the background")
+    assert (near["persistent"], far["persistent"]) == (True, False)
+    assert near["options"]["capacity"] == "67108864"
+    assert near["options"]["engine"] == "auto (default)"
+    assert all(tier["lookup_ms"] >= 0 and tier["read_ms"] > 0 for tier in told["tiers"])
+    code, _, text = _check(tmp_path, tiers)
+    assert code == 0
+    assert "what is read here stays here" in text
+    assert "every page that is written" in text
+
+
+def test_without_write_nothing_is_stored(tmp_path: Path) -> None:
+    assert _check(tmp_path, [_local(tmp_path)])[0] == 0
+    assert not list((tmp_path / "tier").glob("w*"))
+
+
+def test_silent_and_dead_tiers_are_named(tmp_path: Path) -> None:
+    here = "tests.unit.test_config_check"
+    tiers = [{"type": "memory"}, {"type": f"{here}:Silent", "name": "a"}, {"type": f"{here}:Dead", "name": "b"}]
+    code, told, _ = _check(tmp_path, tiers, "--json")
+    assert code == 1
+    assert [bool(tier["problem"]) for tier in told["tiers"]] == [False, True, True]
+    assert "nobody listens" in told["tiers"][1]["problem"]
+    assert "SIGABRT" in told["tiers"][2]["problem"]
+
+
+def test_other_bytes_are_noticed(tmp_path: Path) -> None:
+    tiers = [{"type": "tests.unit.test_config_check:Liar"}]
+    assert _check(tmp_path, tiers)[0] == 0
+    code, told, _ = _check(tmp_path, tiers, "--json", "--write")
+    assert code == 1
+    assert told["tiers"][0]["problem"] == "gave back other bytes than were stored"
+
+
+def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
+    code, _, text = _check(tmp_path, [{"type": "memory", "capacty": 1}])
+    assert code == 2
+    assert "tiers[0].capacty" in text
+    assert "Traceback" not in text
+    done = CliRunner().invoke(app, ["config", "check", str(tmp_path / "none.yaml")])
+    assert done.exit_code == 2
+    assert "cannot be read" in done.output
