@@ -56,7 +56,7 @@ class ObjectOptions(BackendOptions):
 
     prefix: str = Field("hicache", pattern=r"^[A-Za-z0-9._/-]{1,200}$")
     connections: int = Field(4, ge=1, le=256)
-    timeout: float = Field(5.0, gt=0, le=600)
+    timeout: float = Field(5.0, ge=0.01, le=600)
     seal_key_env: str = ""
     seal_key_file: Path | None = None
 
@@ -76,6 +76,8 @@ class Group:
         self.batch, self.form, self.completion = batch, form, completion
         self.open = pages
         self.corrupt: list[int] = []
+        self.misfits: set[int] = set()
+        """Of a write: pages whose object is there but has another size, and must be replaced."""
 
     def settle(self, page: int, outcome: Outcome) -> None:
         """The page's outcome; its buffers are quiet."""
@@ -164,6 +166,12 @@ class ObjectBackend(Backend):
         """There is no such object."""
         self._presence.gone(group.batch.namespace.digest, [group.batch.key(page)])
         group.settle(page, Outcome.MISS)
+
+    def present(self, group: Group, page: int) -> None:
+        """The page to be written is there already."""
+        self._presence.seen(group.batch.namespace.digest, [group.batch.key(page)])
+        self.count("present")
+        group.settle(page, Outcome.HIT)
 
     def stored(self, group: Group, page: int) -> None:
         """The page is written."""
@@ -263,13 +271,13 @@ class ObjectBackend(Backend):
     def _write(self, group: Group) -> None:
         pages = list(group.open)
         names = self._names(group.batch.namespace, [group.batch.key(page) for page in pages])
-        there = [page for page, size in zip(pages, self.sizes(names), strict=True) if size == group.form.size]
+        sizes = dict(zip(pages, self.sizes(names), strict=True))
+        there = [page for page in pages if sizes[page] == group.form.size]
+        group.misfits = {page for page in pages if sizes[page] not in (group.form.size, -1)}
         if there:
             self.touch([names[pages.index(page)] for page in there])
-            self.count("present", len(there))
-            self._presence.seen(group.batch.namespace.digest, [group.batch.key(page) for page in there])
             for page in there:
-                group.settle(page, Outcome.HIT)
+                self.present(group, page)
         if group.open:
             self.write_group(group)
 

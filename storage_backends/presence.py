@@ -19,7 +19,7 @@ from storage_backends.base import KeyBatch
 class Presence:
     """pages: how many are remembered, the latest ones. seconds: for how long. Thread-safe."""
 
-    def __init__(self, pages: int = 1 << 18, seconds: float = 60.0) -> None:
+    def __init__(self, pages: int = 1 << 16, seconds: float = 60.0) -> None:
         self._limit, self._seconds = pages, seconds
         self._seen: OrderedDict[tuple[bytes, bytes], float] = OrderedDict()
         self._lock = threading.Lock()

@@ -233,9 +233,12 @@ class RedisBackend(ObjectBackend):
                 self._drop(wire)  # answers that nobody has taken are on their way
                 raise
             else:
+                wire.idle = True
                 with self._lock:
-                    wire.idle = True
-                    self._free[node].append(wire)
+                    if not self._closing:
+                        self._free[node].append(wire)
+                        continue
+                self._drop(wire)
         return refused
 
     # ---- connections

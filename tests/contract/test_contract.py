@@ -42,6 +42,9 @@ def _redis(through: Callable[[int], Proxy] | None = None, **more: object) -> Cal
     def open_redis(path: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
         from storage_backends.redis import RedisBackend
 
+        if "seal_key_env" in more:
+            pytest.importorskip("cryptography")
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("HICACHE_EXT_TEST_KEY", "0f" * 32)
         server = stack.enter_context(
             RedisServer("--maxmemory", str(capacity + (2 << 20)), "--maxmemory-policy", "allkeys-lru")
         )
@@ -52,6 +55,19 @@ def _redis(through: Callable[[int], Proxy] | None = None, **more: object) -> Cal
     return open_redis
 
 
+def _s3(_: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 0) -> Backend:
+    from tests.s3_server import CREDENTIALS, s3_server
+
+    server = s3_server()
+    patch = stack.enter_context(pytest.MonkeyPatch.context())
+    for name, value in CREDENTIALS.items():
+        patch.setenv(name, value)
+    from storage_backends.s3 import S3Backend
+
+    where = {"endpoint": f"http://127.0.0.1:{server.port}", "allow_http": True, "bucket": server.bucket()}
+    return S3Backend(S3Backend.Options.model_validate({**where, "timeout": 60}), dispatcher)
+
+
 BACKENDS = {
     "memory": _memory,
     "local-threads": _local("threads"),
@@ -59,6 +75,8 @@ BACKENDS = {
     "local-native": _local("native"),
     "redis": _redis(),
     "redis-in-pieces": _redis(lambda port: Proxy(port, piece=1500)),
+    "redis-sealed": _redis(seal_key_env="HICACHE_EXT_TEST_KEY"),
+    "s3": _s3,
 }
 
 

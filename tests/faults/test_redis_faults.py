@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import logging
 import random
 import subprocess
@@ -19,7 +17,8 @@ import pytest
 
 from hicache_ext.page import Namespace
 from storage_backends.base import Backend, Dispatcher, Outcome
-from tests.pages import HostPool, chain, key_batch, namespace
+from tests.certificates import certificate
+from tests.pages import HostPool, chain, content, key_batch, namespace
 from tests.proxy import Proxy
 from tests.redis_server import RedisServer, free_port
 
@@ -266,6 +265,24 @@ def test_a_server_that_is_no_redis(tier: Open, stack: ExitStack, answer: bytes) 
     assert Outcome.HIT not in served(backend, KEYS[:4])
 
 
+def test_a_sealed_tier_hides_its_pages_and_tells_a_wrong_key(
+    tier: Open, server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cryptography")
+    monkeypatch.setenv("ONE", "11" * 32)
+    monkeypatch.setenv("TWO", "22" * 32)
+    one, two = tier(server.port, seal_key_env="ONE"), tier(server.port, seal_key_env="TWO")
+    assert store(one) == HITS
+    client = server.client()
+    assert all(content(SPACE, key).tobytes()[:64] not in b"".join(client.mget(client.keys("*"))) for key in KEYS[:4])
+    hurt = damage(server, KEYS, 1)
+    outcomes = served(one)
+    assert {key for key, outcome in zip(KEYS, outcomes, strict=True) if outcome == Outcome.CORRUPT} == hurt
+    recovers(one)
+    assert set(served(two)) == {Outcome.CORRUPT}
+    recovers(one)
+
+
 # ---- servers that do not answer
 
 
@@ -344,39 +361,6 @@ def test_pages_expire_and_writing_them_again_keeps_them(tier: Open, server: Redi
 
 
 # ---- who may come in
-
-
-def certificate(folder: Path, days: int) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, its own authority; negative days: it has expired."""
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    crypto = pytest.importorskip("cryptography.x509")
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    private = ec.generate_private_key(ec.SECP256R1())
-    name = crypto.Name([crypto.NameAttribute(crypto.oid.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        crypto.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(private.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=30))
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(
-            crypto.SubjectAlternativeName([crypto.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
-        .add_extension(crypto.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(private, hashes.SHA256())
-    )
-    cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    key.write_bytes(
-        private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    return cert, key
 
 
 def _tls_arguments(cert: Path, key: Path) -> list[str]:

@@ -16,6 +16,7 @@ CORE = (
     "storage_backends.memory",
     "storage_backends.object",
     "storage_backends.secrets",
+    "storage_backends.object_backend",
     "storage_backends.local.backend",
     "hicache_ext.cli.main",
     "hicache_ext.sglang.plugin",

@@ -1,0 +1,155 @@
+"""The s3 tier: pages as objects of a bucket, through obstore.
+
+Belongs here: which requests move pages, and what their answers mean. Does not belong here: the bytes of an object
+(object.py).
+
+An object's key is `prefix/version/namespace/key`, in hex. A read is one GET, into memory of obstore's and from there,
+once, into the page; a write is a HEAD, and then a PUT on condition that nobody was faster (If-None-Match), or without
+condition where HEAD found an object of another size. Large objects go up in parts, which become one object at the end
+or never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import S3Store
+
+from storage_backends.base import BackendOptions, Buffers, Capabilities, Dispatcher
+from storage_backends.object_backend import Group, ObjectBackend, TooLate, Unreachable
+from storage_backends.s3.options import S3Options
+
+_PARTS_AT_ONCE = 4
+_DELETE_AT_ONCE = 1000
+_RETRIES = 3
+
+
+class S3Backend(ObjectBackend):
+    """Pages in one bucket."""
+
+    Options = S3Options
+    capabilities = Capabilities(persistent=True, shared=True, native_ttl=True)
+    options: S3Options
+    SEPARATOR = "/"
+    GROUP = 1
+
+    def __init__(self, options: S3Options, dispatcher: Dispatcher) -> None:
+        super().__init__(options, dispatcher)
+        limit = timedelta(seconds=options.timeout)
+        client: dict[str, Any] = {"timeout": limit, "connect_timeout": min(limit, timedelta(seconds=5))}
+        if options.allow_http:
+            client["allow_http"] = True
+        if options.tls_ca is not None:
+            client["root_certificate"] = options.tls_ca.read_bytes()
+        config: dict[str, Any] = {"region": options.region, **options.credentials()}
+        if options.endpoint:
+            config["endpoint"] = options.endpoint
+        if not options.endpoint.startswith("http:"):
+            config["unsigned_payload"] = True  # TLS and our own checksums cover it; hashing it again is the CPU's time
+        self._store = S3Store(
+            options.bucket,
+            client_options=client,
+            retry_config={"max_retries": _RETRIES, "retry_timeout": limit},
+            **config,
+        )
+        self._heads = ThreadPoolExecutor(options.connections, thread_name_prefix="s3-head")
+
+    @classmethod
+    def check(cls, options: BackendOptions) -> None:
+        super().check(options)
+        assert isinstance(options, S3Options)
+        options.checked()
+
+    def sizes(self, names: list[str]) -> list[int]:
+        return [self._size(names[0])] if len(names) == 1 else list(self._heads.map(self._size, names))
+
+    def read_group(self, group: Group) -> None:
+        for page in list(group.open):
+            with _errors():
+                try:
+                    found = obstore.get(self._store, self.name(group, page))
+                except FileNotFoundError:
+                    self.absent(group, page)
+                    continue
+                if found.meta["size"] != group.form.size:
+                    group.set_corrupt(page)
+                    continue
+                data = memoryview(found.bytes())
+            if self._closing:
+                raise TooLate("closed")
+            if len(data) != group.form.size:
+                group.set_corrupt(page)
+                continue
+            at = group.form.head_bytes
+            for buffer in group.batch.buffers(page):
+                buffer[:] = data[at : at + len(buffer)]
+                at += len(buffer)
+            self.arrived(group, page, bytearray(data[: group.form.head_bytes]))
+
+    def write_group(self, group: Group) -> None:
+        for page in list(group.open):
+            head, buffers = group.form.prepare(group.batch, page)
+            with _errors():
+                if self._put(self.name(group, page), [memoryview(head), *buffers], page in group.misfits):
+                    self.stored(group, page)
+                else:
+                    self.present(group, page)
+
+    def delete(self, names: list[str]) -> list[bool]:
+        were = [size >= 0 for size in self.sizes(names)]
+        there = [name for name, was in zip(names, were, strict=True) if was]
+        with _errors():
+            for first in range(0, len(there), _DELETE_AT_ONCE):
+                obstore.delete(self._store, there[first : first + _DELETE_AT_ONCE])
+        return were
+
+    def clear_start(self, start: str) -> None:
+        with _errors():
+            for found in obstore.list(self._store, prefix=start.rstrip("/"), chunk_size=_DELETE_AT_ONCE):
+                obstore.delete(self._store, [one["path"] for one in found])
+
+    def close(self) -> None:
+        super().close()
+        self._heads.shutdown(wait=False, cancel_futures=True)
+
+    def _size(self, name: str) -> int:
+        with _errors():
+            try:
+                return int(obstore.head(self._store, name)["size"])
+            except FileNotFoundError:
+                return -1
+
+    def _put(self, name: str, parts: Buffers, replace: bool) -> bool:
+        """Whether we stored it; False: somebody else just did."""
+        if sum(map(len, parts)) >= self.options.multipart_size:
+            # Without a condition, which uploads in parts do not have: of two writers the later one replaces a whole
+            # object by a whole object of the same page.
+            obstore.put(
+                self._store, name, iter(parts), use_multipart=True,
+                chunk_size=int(self.options.multipart_size), max_concurrency=_PARTS_AT_ONCE,
+            )  # fmt: skip
+            return True
+        try:
+            obstore.put(self._store, name, parts, mode="overwrite" if replace else "create", use_multipart=False)
+        except AlreadyExistsError:
+            return False
+        return True
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """obstore's errors as ours. Its retries are over by then."""
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        said = str(error)
+        first = said.partition("\n")[0][:300]
+        if "kind: Timeout" in said or "TimedOut" in said:
+            raise TooLate(first) from None
+        raise Unreachable(first) from None

@@ -1,0 +1,277 @@
+"""An S3 server that dies, lies, crawls or is not there: no exception, no wrong byte, and it comes back by itself."""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hicache_ext.page import Namespace
+from storage_backends.base import Backend, Dispatcher, Outcome
+from tests.certificates import certificate
+from tests.pages import HostPool, chain, key_batch, namespace
+from tests.proxy import Proxy
+from tests.redis_server import free_port
+from tests.s3_server import CREDENTIALS, S3Server, s3_server
+
+obstore = pytest.importorskip("obstore")
+
+SPACE = namespace((65536, 65536))
+PAGE = SPACE.layout.payload_bytes
+KEYS = chain("a", 8)
+HITS = [Outcome.HIT] * len(KEYS)
+
+Open = Callable[..., Backend]
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    with ExitStack() as all_of_it:
+        yield all_of_it
+
+
+@pytest.fixture
+def server(stack: ExitStack) -> S3Server:
+    return s3_server()
+
+
+@pytest.fixture
+def bucket(server: S3Server) -> str:
+    return server.bucket()
+
+
+@pytest.fixture
+def proxy(stack: ExitStack, server: S3Server) -> Proxy:
+    return stack.enter_context(Proxy(server.port))
+
+
+@pytest.fixture
+def tier(stack: ExitStack) -> Open:
+    from storage_backends.s3 import S3Backend
+
+    dispatcher = Dispatcher()
+    stack.callback(dispatcher.close)
+
+    def open_one(port: int, bucket: str, **options: Any) -> Backend:
+        values = {
+            "endpoint": f"http://127.0.0.1:{port}",
+            "allow_http": True,
+            "bucket": bucket,
+            "timeout": 60,
+            **options,
+        }
+        backend = S3Backend(S3Backend.Options.model_validate(values), dispatcher)
+        S3Backend.check(backend.options)
+        stack.callback(backend.close)
+        return backend
+
+    return open_one
+
+
+def store(backend: Backend, keys: list[bytes] = KEYS, space: Namespace = SPACE) -> list[Outcome]:
+    return backend.write(HostPool(space, len(keys)).write_batch(keys)).result(120)
+
+
+def served(backend: Backend, keys: list[bytes] = KEYS, space: Namespace = SPACE) -> list[Outcome]:
+    """Read, and insist that hits are right and that nothing moves afterwards."""
+    pool = HostPool(space, len(keys))
+    pool.poison()
+    outcomes = backend.read(pool.batch(keys)).result(120)
+    after = pool.bytes.copy()
+    for page, outcome in enumerate(outcomes):
+        assert outcome != Outcome.HIT or pool.right(page, keys[page]), "a wrong page was served"
+    time.sleep(0.05)
+    assert np.array_equal(pool.bytes, after), "a byte landed after its page's outcome"
+    return outcomes
+
+
+def recovers(backend: Backend, seconds: float = 90) -> None:
+    """Written and read again in full, without anybody's help."""
+    deadline = time.monotonic() + seconds
+    while store(backend) != HITS or served(backend) != HITS:
+        assert time.monotonic() < deadline, backend.stats()["state"]
+        time.sleep(0.05)
+    assert backend.stats()["state"] == "ok"
+
+
+def test_no_server_at_the_start_and_one_that_is_restarted_empty(tier: Open, stack: ExitStack) -> None:
+    port = free_port()
+    backend = tier(port, "cache", timeout=3)
+    assert set(store(backend)) == {Outcome.FAILED}
+    assert set(served(backend)) == {Outcome.FAILED}
+    assert not backend.lookup(key_batch(SPACE, KEYS)).any()
+    assert backend.remove(key_batch(SPACE, KEYS)) == 0
+    backend.clear([SPACE])
+    assert backend.stats()["state"] != "ok"
+    late = S3Server()
+    stack.callback(late.kill)
+    there = stack.enter_context(Proxy(late.port))
+    backend = tier(there.port, "cache")
+    assert set(served(backend)) <= {Outcome.FAILED, Outcome.MISS}, "there is no such bucket yet"
+    late.bucket("cache")
+    recovers(backend)
+    killer = threading.Timer(0.1, late.kill)
+    killer.start()
+    outcomes = served(backend) + store(backend, chain("b", 8))
+    killer.join()
+    assert set(outcomes) <= {Outcome.HIT, Outcome.FAILED, Outcome.TIMEOUT}
+    assert Outcome.HIT not in served(backend)
+    late.start()
+    late.bucket("cache")
+    deadline = time.monotonic() + 60
+    while Outcome.MISS not in (outcomes := served(backend)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert set(outcomes) <= {Outcome.MISS, Outcome.FAILED}
+    recovers(backend)
+
+
+def test_cut_in_the_middle(tier: Open, bucket: str, proxy: Proxy) -> None:
+    backend = tier(proxy.port, bucket)
+    assert store(backend) == HITS
+    for after in (0, 100, 1000, PAGE, 3 * PAGE):
+        proxy.cut_after = after
+        assert set(served(backend)) <= {Outcome.HIT, Outcome.FAILED, Outcome.MISS}
+        proxy.cut_after = -1
+        recovers(backend)
+
+
+def damage(server: S3Server, bucket: str, keys: list[bytes], seed: int) -> set[bytes]:
+    """Make a part of what lies there wrong, in every way we know; which keys are harmed."""
+    chance, raw, hurt = random.Random(seed), server.store(bucket), set()
+    names = {path.rpartition("/")[2]: path for path in (one["path"] for one in obstore.list(raw).collect())}
+    for kind, key in enumerate(chance.sample(keys, 5)):
+        name, other = names[key.hex()], names[chance.choice([one for one in keys if one != key]).hex()]
+        data = bytes(obstore.get(raw, name).bytes())
+        match kind:
+            case 0:
+                at = chance.randrange(len(data))
+                wrong = data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :]
+            case 1:
+                wrong = bytes(obstore.get(raw, other).bytes())
+            case 2:
+                wrong = data[: chance.randrange(1, len(data))]
+            case 3:
+                wrong = data + b"more"
+            case _:
+                wrong = b"other data under our key"
+        if wrong != data:
+            obstore.put(raw, name, wrong, use_multipart=False)
+            hurt.add(key)
+    return hurt
+
+
+def test_wrong_answers_are_caught_and_healed(tier: Open, server: S3Server, bucket: str) -> None:
+    backend = tier(server.port, bucket)
+    keys = chain("a", 20)
+    for turn in range(3):
+        assert store(backend, keys) == [Outcome.HIT] * 20
+        hurt = damage(server, bucket, keys, turn)
+        assert len(hurt) >= 4
+        outcomes = served(backend, keys)
+        assert {key for key, outcome in zip(keys, outcomes, strict=True) if outcome == Outcome.CORRUPT} == hurt
+        assert outcomes.count(Outcome.HIT) == 20 - len(hurt)
+    assert store(backend, keys) == [Outcome.HIT] * 20
+    hurt = damage(server, bucket, keys, 9)
+    sound = {key for key, there in zip(keys, backend.lookup(key_batch(SPACE, keys)), strict=True) if there}
+    assert sound < set(keys), "cut objects are not there, for lookups"
+    assert store(backend, keys) == [Outcome.HIT] * 20, "and are written over"
+    outcomes = served(backend, keys)
+    assert {key for key, outcome in zip(keys, outcomes, strict=True) if outcome != Outcome.HIT} == hurt & sound
+
+
+def test_flipped_on_the_way(tier: Open, bucket: str, proxy: Proxy) -> None:
+    backend = tier(proxy.port, bucket, timeout=5)
+    assert store(backend) == HITS
+    proxy.flip = 0.1
+    seen: set[Outcome] = set()
+    for _ in range(12):
+        seen |= set(served(backend))
+    proxy.flip = 0
+    assert proxy.flipped
+    assert Outcome.CORRUPT in seen
+    recovers(backend)
+
+
+@pytest.mark.parametrize("what", ["slow", "half-open"])
+def test_what_does_not_arrive_in_time(tier: Open, bucket: str, proxy: Proxy, what: str) -> None:
+    backend = tier(proxy.port, bucket, timeout=3, connections=4)
+    recovers(backend)
+    if what == "slow":
+        proxy.rate = 3000
+    else:
+        proxy.frozen = True
+    pool = HostPool(SPACE, len(KEYS))
+    pool.poison()
+    outcomes = backend.read(pool.batch(KEYS)).result(60)
+    assert Outcome.TIMEOUT in outcomes
+    assert set(outcomes) <= {Outcome.TIMEOUT, Outcome.FAILED}
+    pool.bytes[:] = 0x77  # the pages are somebody else's now
+    proxy.rate, proxy.frozen = 0, False
+    recovers(backend)
+    assert (pool.bytes == 0x77).all(), "a late byte landed in memory that was given back"
+
+
+def test_of_two_writers_one_stores(tier: Open, server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tier(server.port, bucket), tier(server.port, bucket)
+    monkeypatch.setattr(second, "sizes", lambda names: [-1] * len(names))  # it looked before the first one wrote
+    assert store(first) == HITS
+    tags = {one["path"]: one["e_tag"] for one in obstore.list(server.store(bucket)).collect()}
+    assert store(second) == HITS
+    assert (second.stats()["stored"], second.stats()["present"]) == (0, len(KEYS))
+    assert tags == {one["path"]: one["e_tag"] for one in obstore.list(server.store(bucket)).collect()}
+    assert served(second) == HITS
+
+
+def test_large_pages_go_up_in_parts(tier: Open, server: S3Server, bucket: str) -> None:
+    backend = tier(server.port, bucket, multipart_size="5MiB")
+    space = namespace((7 << 20, (5 << 20) + 12))
+    keys = chain("large", 2)
+    assert store(backend, keys, space) == [Outcome.HIT] * 2
+    assert served(backend, keys, space) == [Outcome.HIT] * 2
+    tags = [one["e_tag"] for one in obstore.list(server.store(bucket)).collect()]
+    assert all(tag.endswith('-3"') for tag in tags), "three parts each"
+
+
+def test_a_certificate_that_nobody_vouches_for_or_that_expired(tier: Open, stack: ExitStack, tmp_path: Path) -> None:
+    for days, trusted in ((30, False), (-1, True)):
+        cert, key = certificate(tmp_path, days)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key)
+        web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+        web.socket = context.wrap_socket(web.socket, server_side=True)
+        thread = threading.Thread(target=web.serve_forever, daemon=True)
+        thread.start()
+        stack.callback(web.server_close)
+        stack.callback(web.shutdown)
+        more = {"tls_ca": cert} if trusted else {}
+        backend = tier(0, "cache", endpoint=f"https://127.0.0.1:{web.server_port}", timeout=3, **more)
+        assert set(served(backend)) == {Outcome.FAILED}
+
+
+def test_a_secret_shows_nowhere(
+    tier: Open, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "hunter2-very-secret"
+    monkeypatch.setenv("MY_KEY", "an-id-" + secret)
+    monkeypatch.setenv("MY_SECRET", secret)
+    with caplog.at_level(logging.DEBUG):
+        backend = tier(free_port(), "cache", access_key_env="MY_KEY", secret_key_env="MY_SECRET", timeout=2)
+        assert set(store(backend)) == {Outcome.FAILED}
+        served(backend)
+        backend.clear([SPACE])
+    shown = [repr(backend), str(backend.options), repr(backend.options), backend.options.model_dump_json()]
+    shown += [str(dict(backend.stats())), caplog.text, *(str(record.__dict__) for record in caplog.records)]
+    assert caplog.records, "the failure was said"
+    assert all(secret not in text for text in shown)

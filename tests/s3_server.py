@@ -1,0 +1,98 @@
+"""A real S3 over HTTP for tests: moto's server, on loopback, one for the whole run and a bucket for each test."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from tests.redis_server import free_port
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
+
+
+class S3Server:
+    """One `moto_server`. Skips the test where moto is not installed."""
+
+    def __init__(self) -> None:
+        pytest.importorskip("obstore")
+        pytest.importorskip("moto.server")
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it (again), empty."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=_die_with_parent,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, "moto_server ended"
+                time.sleep(0.05)
+        raise AssertionError("moto_server did not start")
+
+    def bucket(self, name: str = "") -> str:
+        """A new bucket's name."""
+        import requests
+
+        name = name or f"pages-{uuid.uuid4().hex[:12]}"
+        requests.put(f"http://127.0.0.1:{self.port}/{name}", timeout=60).raise_for_status()
+        return name
+
+    def store(self, bucket: str) -> Any:
+        """An obstore of the bucket, to look behind the backend's back."""
+        from obstore.store import S3Store
+
+        options = {"allow_http": True, "timeout": "60s"}
+        return S3Store(bucket, client_options=options, **options_of(self.port))
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop_answering(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def answer_again(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+
+def options_of(port: int) -> dict[str, Any]:
+    return {
+        "endpoint": f"http://127.0.0.1:{port}",
+        "region": "us-east-1",
+        "access_key_id": CREDENTIALS["AWS_ACCESS_KEY_ID"],
+        "secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+    }
+
+
+@lru_cache(maxsize=1)
+def s3_server() -> S3Server:
+    """The run's server: it takes seconds to start."""
+    server = S3Server()
+    atexit.register(server.kill)
+    return server
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
