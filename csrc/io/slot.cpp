@@ -17,8 +17,8 @@ constexpr std::uint16_t kCrc32c = 1;
 constexpr char kMagic[8] = {'H', 'I', 'C', 'S', 'L', 'O', 'T', '1'};
 
 // Offsets in the slot header; the diagram is in format.py.
-constexpr std::size_t kVersionAt = 8, kSizeAt = 12, kNamespaceAt = 16, kKeyAt = 32, kPayloadAt = 112,
-                      kBuffersAt = 120, kChunksAt = 124, kChunkBytesAt = 128, kAlgorithmAt = 132, kPoolAt = 134,
+constexpr std::size_t kVersionAt = 8, kSizeAt = 12, kNamespaceAt = 16, kKeyAt = 32, kParentAt = 64,
+                      kGenerationAt = 96, kTimeAt = 104, kPayloadAt = 112, kBuffersAt = 120, kChunksAt = 124, kChunkBytesAt = 128, kAlgorithmAt = 132, kPoolAt = 134,
                       kTokensAt = 136, kCrcAt = 140, kSaltAt = 160, kLoraAt = 162, kBodyAt = 192;
 
 template <typename T>
@@ -98,6 +98,21 @@ bool SlotShape::fits() const noexcept {
         if (need > header_bytes) return false;
     }
     return header_bytes >= kBlock && header_bytes % kBlock == 0 && header_bytes <= UINT32_MAX;
+}
+
+std::uint64_t claimed_header_bytes(const std::uint8_t* header) noexcept {
+    return std::memcmp(header, kMagic, sizeof kMagic) == 0 ? load<std::uint32_t>(header + kSizeAt) : 0;
+}
+
+bool describe(const std::uint8_t* header, std::uint64_t room, std::uint64_t slot_bytes, SlotPage& page) noexcept {
+    const std::uint64_t size = whole_header(header, room);
+    if (size == 0 || size > slot_bytes || load<std::uint64_t>(header + kPayloadAt) > slot_bytes - size) return false;
+    page.generation = load<std::uint64_t>(header + kGenerationAt);
+    page.time_ns = load<std::uint64_t>(header + kTimeAt);
+    std::memcpy(page.name_space.data(), header + kNamespaceAt, page.name_space.size());
+    std::memcpy(page.key.data(), header + kKeyAt, page.key.size());
+    std::memcpy(page.parent.data(), header + kParentAt, page.parent.size());
+    return true;
 }
 
 void seal(const SlotShape& shape, std::uint8_t* header, std::span<const std::uint8_t* const> payload) noexcept {

@@ -30,6 +30,21 @@ struct SlotShape {
     bool fits() const noexcept;
 };
 
+/// What a slot's header says of its page. The layout is Python's (storage_backends.local.headers.FOUND).
+struct SlotPage {
+    std::uint64_t generation;
+    std::uint64_t time_ns;
+    std::array<std::uint8_t, 16> name_space;
+    std::array<std::uint8_t, 32> key;
+    std::array<std::uint8_t, 32> parent;
+};
+
+/// How long a header of which the first 4096 bytes are there says that it is; 0: it does not begin as one.
+std::uint64_t claimed_header_bytes(const std::uint8_t* header) noexcept;
+
+/// Whether a header of which `room` bytes are there is whole, and its page fits a slot of this size.
+bool describe(const std::uint8_t* header, std::uint64_t room, std::uint64_t slot_bytes, SlotPage& page) noexcept;
+
 /// Puts the payload's checksums and the header's own into a header that has zeroes there.
 /// payload: where each of the shape's buffers lies.
 void seal(const SlotShape& shape, std::uint8_t* header, std::span<const std::uint8_t* const> payload) noexcept;

@@ -148,7 +148,9 @@ def _open(path: Path) -> tuple[LocalBackend, Dispatcher]:
 
 def _warm_open(path: Path, records: bytes, pages: int) -> dict[str, Any]:
     (path / "w0").mkdir(parents=True)
-    LogWriter.rewrite(path / "w0" / NAME, records).close()
+    log = LogWriter(path / "w0" / NAME)
+    log.append(records)
+    log.close()
     since = time.perf_counter()
     backend, dispatcher = _open(path)
     seconds = time.perf_counter() - since
@@ -183,10 +185,12 @@ def _scan(path: Path, space: Namespace, pages: int) -> dict[str, Any]:
     backend, dispatcher = _open(path)
     since = time.perf_counter()
     write(backend, "another", 1)  # the first write takes the folder over, and with it the scan
-    while int(backend.stats().get("pages", 0)) <= stored and time.perf_counter() - since < 300:
-        time.sleep(0.01)
+    while "recovered_by_scan" not in backend.stats() and time.perf_counter() - since < 300:
+        time.sleep(0.001)
     seconds = time.perf_counter() - since
-    found = int(backend.stats()["pages"]) - 1
+    found = int(backend.stats()["recovered_by_scan"])
+    if found < stored - 1:  # the write took a slot
+        raise RuntimeError(f"{stored} pages were stored and the scan found {found}")
     row = _row(f"scan without a log, {found:,} pages", found / seconds, "pages/s", None, backend._index)
     backend.close()
     dispatcher.close()

@@ -37,10 +37,10 @@ from storage_backends.local.files import probe_direct
 from storage_backends.local.index_choice import open_index
 from storage_backends.local.options import LocalOptions
 from storage_backends.local.reads import Reads
-from storage_backends.local.recovery import scan
 from storage_backends.local.room import Room
-from storage_backends.local.slots import slot_engine
+from storage_backends.local.slots import CancelFlag, slot_engine
 from storage_backends.local.tier import Tier
+from storage_backends.local.upkeep import Upkeep
 from storage_backends.local.writer import Writer
 from storage_backends.local.writes import Writes
 
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 _MAINTENANCE_SECONDS = 0.2
 _SHARE_SECONDS = 2.0
+#: Lets another thread have the lock, which is not fair by itself.
+_YIELD_SECONDS = 0.0005
 
 
 class LocalBackend(Backend):
@@ -63,7 +65,7 @@ class LocalBackend(Backend):
 
     def __init__(self, options: LocalOptions, dispatcher: Dispatcher) -> None:
         super().__init__(options, dispatcher)
-        self._closing = threading.Event()
+        self._closing = CancelFlag()
         self._index = open_index(options.eviction)
         options.path.mkdir(parents=True, exist_ok=True)
         direct = self._direct = probe_direct(options.path)
@@ -96,8 +98,9 @@ class LocalBackend(Backend):
             "O_DIRECT" if direct.works else f"buffered I/O ({direct.reason})",
             checksum.implementation(), self._index.name, len(self._index),
         )  # fmt: skip
-        self._threads = [threading.Thread(target=self._maintain, name="hicache-local", daemon=True)]
-        self._threads[0].start()
+        self._upkeep = Upkeep(self._index, self._lock, self._closing)
+        self._maintenance = threading.Thread(target=self._maintain, name="hicache-local", daemon=True)
+        self._maintenance.start()
 
     def lookup(self, batch: KeyBatch) -> np.ndarray:
         with self._lock:
@@ -149,8 +152,11 @@ class LocalBackend(Backend):
                 "index_bytes": self._index.memory(),
                 "engines_passed_over": "; ".join(f"{k}: {v}" for k, v in self._engine.passed_over.items()),
                 "direct_io": "yes" if self._direct.works else self._direct.reason,
-                "log_errors": writer.log_errors if writer else 0,
+                "log_errors": writer.log.errors if writer else 0,
+                "log_bytes": writer.log.size if writer else 0,
+                "compactions": writer.log.compactions if writer else 0,
                 "state": "directory gone" if self._tier.gone else "disk full" if self._disk_full() else "ok",
+                **self._upkeep.stats(),
                 **self._tier.counts,
             }
 
@@ -160,7 +166,7 @@ class LocalBackend(Backend):
         self._closing.set()
         until = time.monotonic() + CLOSE_SECONDS - 1.0
         quiet = self._engine.close(until - time.monotonic())
-        for thread in self._threads:
+        for thread in (self._maintenance, *self._upkeep.threads):
             thread.join(max(0.0, until - time.monotonic()))
         if not quiet:
             logger.error("local tier: the device did not answer before the close; its files stay open")
@@ -176,27 +182,12 @@ class LocalBackend(Backend):
         writer = self._directory.writer
         if writer is None:
             writer = self._directory.claim(namespace, self._tier.removed)
-            self._recover()
+            self._upkeep.claimed(writer)
         return writer
 
     def _disk_full(self) -> bool:
         writer = self._directory.writer
         return writer is not None and time.monotonic() < writer.disk_full_until
-
-    def _recover(self) -> None:
-        """Look, beside the serving, for pages that the log of the folder we just took does not name."""
-        thread = threading.Thread(target=self._scan, name="hicache-scan", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _scan(self) -> None:
-        writer = self._directory.writer
-        assert writer is not None
-        with self._lock:
-            places = writer.unscanned()
-        found = scan(places, writer, self._lock, self._closing)
-        with self._lock:
-            self._tier.counts["recovered_by_scan"] += found
 
     def _retain_files(self) -> None:
         """Tell the engine which extents are still open: what it registered of the others holds their space."""
@@ -218,6 +209,17 @@ class LocalBackend(Backend):
                 expiry.know(digest, next(iter(extents.values())).header.description)
             expiry.sweep(writer.forget)
 
+    def _catch_up(self) -> None:
+        """Read the other writers' logs to their ends, in turns with whoever wants the lock."""
+        while not self._tier.gone and not self._closing.is_set():
+            with self._lock:
+                if self._closing.is_set():
+                    return
+                self._directory.refresh()
+                if not self._directory.behind:
+                    return
+            time.sleep(_YIELD_SECONDS)
+
     def _maintain(self) -> None:
         last_share, failed = 0.0, False
         while not self._closing.wait(_MAINTENANCE_SECONDS):
@@ -226,12 +228,14 @@ class LocalBackend(Backend):
                 if gone and not self._tier.gone:
                     logger.error("local tier %s: the directory is gone; nothing more is stored", self.options.path)
                 self._tier.gone = gone
+                self._catch_up()
                 with self._lock:
                     if gone or self._closing.is_set():
                         continue
-                    self._directory.refresh()
                     self._retain_files()
                     self._expire()
+                    if self._directory.writer is not None:
+                        self._upkeep.turn(self._directory.writer)
                     if self._directory.writer is not None and time.monotonic() - last_share > _SHARE_SECONDS:
                         last_share = time.monotonic()
                         self._directory.update_share()

@@ -25,6 +25,8 @@ from storage_backends.local.writer import RemovedListener, Writer
 logger = logging.getLogger(__name__)
 
 _FORMAT = "FORMAT"
+#: What reading one folder's log may take of a caller's time.
+_REFRESH_SECONDS = 0.002
 
 
 class Directory:
@@ -44,7 +46,7 @@ class Directory:
         self._unknown: set[int] = set()
         self._inode = _prepare(path)
         remove_old_probes(path)
-        self.refresh()
+        self.refresh(None)
         for folder in self.folders.values():
             folder.namespaces()  # an extent of an unknown version refuses now, not at the first write
         self._open = True
@@ -56,8 +58,12 @@ class Directory:
         except OSError:
             return True
 
-    def refresh(self) -> bool:
-        """Notice new folders, and what other writers stored and removed; whether there was anything of that."""
+    def refresh(self, seconds: float | None = _REFRESH_SECONDS) -> bool:
+        """Notice new folders, and what other writers stored and removed; whether there was anything of that.
+
+        seconds: for each folder, roughly, so that a log that must be read anew holds up nobody; `behind` says whether
+        there is more. None: no limit.
+        """
         with contextlib.suppress(OSError):
             mtime = os.stat(self.path).st_mtime_ns
             if mtime != self._seen_mtime:
@@ -68,17 +74,23 @@ class Directory:
                         continue
                     if self.writer is None or self.writer.number != number:
                         self.folders[number] = Folder(self.path / name, self.files)
-        return sum(self._poll(folder) for folder in self.folders.values()) > 0
+        return sum(self._poll(folder, seconds) for folder in self.folders.values()) > 0
 
-    def _poll(self, folder: Folder) -> bool:
+    @property
+    def behind(self) -> bool:
+        """Whether the last `refresh` left something for the next."""
+        return any(folder.behind for folder in self.folders.values())
+
+    def _poll(self, folder: Folder, seconds: float | None) -> bool:
         """Read on in a folder's log. One that cannot be read, or not understood, hides none of the others."""
         try:
-            return folder.poll(self.index)
+            return folder.poll(self.index, seconds)
         except OSError:
-            pass
+            folder.behind = False
         except UnknownVersion as error:
             if not self._open:
                 raise  # at the start: this program is too old for the directory
+            folder.behind = False
             if folder.number not in self._unknown:
                 self._unknown.add(folder.number)
                 logger.warning("%s: %s: a newer program writes here; its pages are not seen", folder.path, error)
@@ -107,12 +119,17 @@ class Directory:
         folder = self.folders.get(number)
         if folder is not None and folder.has_owner():
             return None
-        writer = Writer.claim(self.path / f"w{number}", self.files, self.index, self.rules, removed)
+        # What the folder's last owner wrote is read to its end once the lock is ours.
+        known = folder or Folder(self.path / f"w{number}", self.files)
+        try:
+            writer = Writer.claim(known, self.index, self.rules, removed)
+        except UnknownVersion as error:
+            logger.warning("%s: %s: left to a newer program", known.path, error)
+            writer = None
         if writer is None:
             return None
-        if folder is not None:
-            folder.close()
-            del self.folders[number]
+        known.close()
+        self.folders.pop(number, None)
         self.writer = writer
         self.update_share()
         writer.shrink(self.share)
@@ -144,7 +161,7 @@ class Directory:
                 log.close()
                 self.files.delete(folder.path, extents[0])
                 folder.poll(self.index)
-            except OSError as error:
+            except (OSError, FormatError) as error:
                 logger.warning("%s: cannot be reclaimed: %s", folder.path, error)
                 continue
             finally:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import errno
 import logging
 import re
+import time
 from pathlib import Path
 
 from storage_backends.format import FormatError, UnknownVersion
 from storage_backends.local.extents import Extent, ExtentFiles, extent_numbers, extent_path
 from storage_backends.local.files import is_locked
 from storage_backends.local.index_choice import AnyIndex
-from storage_backends.local.residency import NAME, LogReader
+from storage_backends.local.residency import BLOCK_RECORDS, NAME, LogReader
 
 logger = logging.getLogger(__name__)
 
 LOCK = "lock"
+#: Records that are taken in between two looks at the clock: about a millisecond's worth.
+_PIECE_RECORDS = 1024
 
 
 def folder_number(name: str) -> int | None:
@@ -34,31 +37,53 @@ class Folder:
         self.number = int(path.name[1:])
         self.files = files
         self.extents: dict[int, Extent] = {}
+        self.behind = False  # more of the log is there than was taken in
+        self.damaged = 0  # records of the log that did not pass their checksums
         self._log = LogReader(path / NAME)
+        self._forgetting = False
 
     def has_owner(self) -> bool:
         """Whether a living process writes here."""
         return is_locked(self.path / LOCK)
 
-    def poll(self, index: AnyIndex) -> bool:
-        """Bring the index up to date with this folder's log; whether there was anything new in it."""
-        changed = False
-        for block in self._log.blocks():
+    def poll(self, index: AnyIndex, seconds: float | None = None, final: bool = False) -> bool:
+        """Bring the index up to date with this folder's log; whether there was anything new in it.
+
+        seconds: stop after a piece when so much time went by, `behind`, to be called again; None: go to the end.
+        final: nobody writes to the log now, and what its last record lacks will not come.
+        """
+        until = None if seconds is None else time.monotonic() + seconds
+        changed, self.behind = False, True
+        for block in self._log.blocks(BLOCK_RECORDS if seconds is None else _PIECE_RECORDS):
             changed = True
-            self._forget_if_restarted(index)
-            taken, _, gone = index.apply_log(self.number, block.data, block.at_end)
+            if not self._forget(index, until):
+                return True
+            taken, damaged, gone = index.apply_log(self.number, block.data, block.at_end and not final)
             self._log.took(taken)
+            self.damaged += damaged
             for number in gone:
                 extent = self.extents.pop(number, None)
                 if extent is not None:
                     extent.doom()
-        return self._forget_if_restarted(index) or changed  # replaced by a log without records
+            if until is not None and time.monotonic() >= until and not block.at_end:
+                return True
+        changed |= self._log.restarted or self._forgetting
+        self.behind = not self._forget(index, until)  # replaced by a log without records
+        return changed
 
-    def _forget_if_restarted(self, index: AnyIndex) -> bool:
-        if not self._log.restarted:
-            return False
-        self._log.restarted = False
-        index.drop(self.number)
+    def _forget(self, index: AnyIndex, until: float | None) -> bool:
+        """Forget what a log said that was replaced by one that does not continue it; False when time ran out."""
+        if self._log.restarted:
+            self._log.restarted = False
+            self._forgetting = True
+            self.damaged = 0
+        if not self._forgetting:
+            return True
+        for number in index.extents(self.number):
+            index.trim(self.number, number, bytes(16), 0)
+            if until is not None and time.monotonic() >= until:
+                return False
+        self._forgetting = False
         return True
 
     def extent(self, number: int) -> Extent | None:

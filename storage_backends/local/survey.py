@@ -86,21 +86,19 @@ class LogView:
 
     def refresh(self) -> None:
         """Raises UnknownVersion, OSError."""
-        fresh = True
         for record in self._reader.read():
-            if fresh and self._reader.restarted:
-                self._forget_all()
-            fresh = False
+            self._forget_if_restarted()
             self._apply(record)
-        if fresh and self._reader.restarted:
-            self._forget_all()  # replaced by a log without records
+        self._forget_if_restarted()  # replaced by a log without records
 
     def close(self) -> None:
         self._reader.close()
 
-    def _forget_all(self) -> None:
-        self.pages.clear()
-        self._places.clear()
+    def _forget_if_restarted(self) -> None:
+        if self._reader.restarted:
+            self._reader.restarted = False
+            self.pages.clear()
+            self._places.clear()
 
     def _apply(self, record: Record) -> None:
         page = (record.namespace, record.key)

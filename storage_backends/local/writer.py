@@ -14,16 +14,17 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 from hicache_ext.page import Namespace
-from storage_backends.format import BLOCK, ExtentHeader, FormatError, SlotHeader, SlotShape, UnknownVersion
-from storage_backends.local.extents import Extent, ExtentFiles, extent_numbers, extent_path
+from storage_backends.format import BLOCK, ExtentHeader, FormatError, SlotShape, UnknownVersion
+from storage_backends.local.extents import Extent, extent_numbers, extent_path
 from storage_backends.local.files import try_lock
-from storage_backends.local.folder import LOCK
+from storage_backends.local.folder import LOCK, Folder
+from storage_backends.local.headers import Found
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import AnyIndex
-from storage_backends.local.residency import NAME, Kind, LogWriter, Record, encode_stored
+from storage_backends.local.own_log import OwnLog
+from storage_backends.local.residency import Kind, Record, encode_stored
 from storage_backends.local.rules import Rules
 
 logger = logging.getLogger(__name__)
@@ -45,13 +46,10 @@ class Writer:
     extents take on the disk.
     """
 
-    def __init__(
-        self, path: Path, lock_fd: int, files: ExtentFiles, index: AnyIndex, rules: Rules, removed: RemovedListener
-    ) -> None:
-        self.path = path
-        self.number = int(path.name[1:])
+    def __init__(self, folder: Folder, lock_fd: int, index: AnyIndex, rules: Rules, removed: RemovedListener) -> None:
+        self.path, self.number = folder.path, folder.number
         self._lock_fd = lock_fd
-        self._files = files
+        self._files = folder.files
         self._index = index
         self._rules = rules
         self._removed = removed
@@ -59,8 +57,8 @@ class Writer:
         self.by_namespace: dict[bytes, dict[int, Extent]] = {}
         self.disk_bytes = 0
         self.free: dict[bytes, dict[tuple[int, int], None]] = {}
-        self.log_errors = 0
         self.disk_full_until = 0.0
+        self._continue_log(folder)
         self._load_extents()
         self._generation = max(
             time.time_ns(),
@@ -70,22 +68,37 @@ class Writer:
         for namespace in self.free:
             self._tell_capacity(namespace)
         index.adopt(self.number)
-        self._log = LogWriter.rewrite(path / NAME, index.own_records())
 
     @classmethod
-    def claim(
-        cls, path: Path, files: ExtentFiles, index: AnyIndex, rules: Rules, removed: RemovedListener
-    ) -> Writer | None:
-        """Become the owner of a folder (made if missing), whose log the index has read; None when it has an owner."""
-        path.mkdir(parents=True, exist_ok=True)
-        lock_fd = try_lock(path / LOCK)
+    def claim(cls, folder: Folder, index: AnyIndex, rules: Rules, removed: RemovedListener) -> Writer | None:
+        """Become the owner of a folder (made if missing), in the index as far as it was polled; None when it has one.
+
+        Raises UnknownVersion, OSError.
+        """
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock_fd = try_lock(folder.path / LOCK)
         if lock_fd is None:
             return None
         try:
-            return cls(path, lock_fd, files, index, rules, removed)
+            return cls(folder, lock_fd, index, rules, removed)
         except BaseException:
             os.close(lock_fd)
             raise
+
+    def _continue_log(self, folder: Folder) -> None:
+        """Take in the end of the folder's log, and go on with it. `log_is_whole`: as far as can be seen."""
+        readable = True
+        try:
+            folder.poll(self._index, final=True)
+        except OSError as error:
+            logger.warning("%s: its residency log cannot be read: %s; begun anew", self.path, error)
+            readable = False
+        self.log = OwnLog(self.path, readable)
+        self.log_is_whole = readable and not folder.damaged
+        if not readable or (not self.log.records and self._index.extents(self.number)):
+            self.log.lacks(readers_too=False)
+        elif folder.damaged:
+            self.log.lacks(readers_too=True)
 
     def _load_extents(self) -> None:
         for number in extent_numbers(self.path):
@@ -105,9 +118,14 @@ class Writer:
             self._enter(extent)
         for number in self._index.extents(self.number):
             known = self.extents.get(number)
-            self._index.trim(
-                self.number, number, known.header.namespace if known else bytes(16), known.header.slots if known else 0
-            )
+            if known is None:
+                self.log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
+                self._index.trim(self.number, number, bytes(16), 0)
+                continue
+            before = len(self._index)
+            self._index.trim(self.number, number, known.header.namespace, known.header.slots)
+            if len(self._index) < before:
+                self.log.lacks(readers_too=False)
         for extent in self.extents.values():
             live = set(self._index.used_slots(self.number, extent.number))
             free = self.free.setdefault(extent.header.namespace, {})
@@ -222,7 +240,7 @@ class Writer:
             namespace, keys, parents, self.number, numbers, slots, generations, time_ns
         )
         self._give_slots([old for old in replaced if old.own])
-        self._append(records)
+        self.log.append(records)
 
     def forget(self, pages: list[Page], reason: str) -> None:
         """Remove own pages from index and log, and free their slots. reason "evicted": for want of room."""
@@ -230,7 +248,7 @@ class Writer:
 
     def forgotten(self, pages: list[Page], records: bytes, reason: str) -> None:
         """The index removed these own pages and wrote these records of it."""
-        self._append(records)
+        self.log.append(records)
         self._give_slots(pages)
         if pages:
             self._removed(pages, reason)
@@ -253,7 +271,7 @@ class Writer:
             self._files.delete(self.path, number)
         extent.doom()
         self._tell_capacity(extent.header.namespace)
-        self._append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
+        self.log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
 
     def drop_namespace(self, digest: bytes) -> None:
         for number in list(self.by_namespace.get(digest, {})):
@@ -266,50 +284,58 @@ class Writer:
             if not page.pins and page.extent in extents:
                 self.free.setdefault(page.namespace, {})[page.extent, page.slot] = None
 
-    def _append(self, records: list[Record] | bytes) -> None:
-        try:
-            if records:
-                self._log.append(records)
-        except OSError as error:
-            # The index is right all the same, and the next start finds the pages by their headers.
-            self.log_errors += 1
-            if self.log_errors == 1:
-                logger.warning("%s: residency log: %s (said once)", self.path, error)
-
     # -- recovery ------------------------------------------------------------------------------------------------
 
-    def unscanned(self) -> list[tuple[Extent, int]]:
-        """Slots that the log does not name: the header scan looks at them."""
-        return [(self.extents[number], slot) for free in self.free.values() for number, slot in free]
+    @property
+    def newest_generation(self) -> int:
+        """No slot of this folder was given away with a larger one yet."""
+        return self._generation
 
-    def recover(self, extent: Extent, slot: int, header: SlotHeader) -> bool:
-        """Take in a page that a header scan found, unless its slot or its key is in use by now."""
-        place = (extent.number, slot)
-        free = self.free.get(extent.header.namespace, {})
-        if (
-            extent.doomed
-            or place not in free
-            or header.namespace != extent.header.namespace
-            or header.generation <= extent.header.generation
-            or self._index.has(header.namespace, header.key)
-        ):
-            return False
-        del free[place]
-        page = Page(
-            header.namespace, header.key, header.parent, self.number, extent.number, slot,
-            header.generation, own=True, time_ns=header.time_ns,
-        )  # fmt: skip
-        self._index.insert(page, oldest=True)  # nobody asked for it since
-        self._append(encode_stored([page]))
-        self._generation = max(self._generation, header.generation)
-        return True
+    def free_slots(self, number: int, slots: range) -> list[int]:
+        """Those of an extent's slots that hold no page, as far as is known."""
+        extent = self.extents.get(number)
+        free = {} if extent is None else self.free.get(extent.header.namespace, {})
+        return [slot for slot in slots if (number, slot) in free]
+
+    def recover(self, extent: Extent, found: list[Found], newest: int) -> int:
+        """Take in pages that a header scan found in slots of an extent; how many of them.
+
+        Not those whose slot or key is in use by now. A page that the log names there instead is none: its slot says so,
+        unless it was stored after the header was read. newest: `newest_generation` before that.
+        """
+        taken: list[Page] = []
+        header = extent.header
+        free = self.free.setdefault(header.namespace, {})
+        for page in found:
+            if extent.doomed or page.namespace != header.namespace or page.generation <= header.generation:
+                continue
+            named = self._index.at(self.number, extent.number, page.slot)
+            if named is not None and (named.key, named.generation) == (page.key, page.generation):
+                continue
+            # The log may know the key by another slot, from before it was stored here.
+            older = self._index.get(page.namespace, page.key)
+            if older is not None and (not older.own or older.generation >= page.generation):
+                continue
+            wrong = [p for p in (named, older) if p is not None]
+            if any(p.pins or p.generation > newest for p in wrong):
+                continue
+            self.forget(wrong, "stale")
+            if (extent.number, page.slot) not in free:
+                continue
+            del free[extent.number, page.slot]
+            there = (extent.number, page.slot, page.generation)
+            taken.append(Page(page.namespace, page.key, page.parent, self.number, *there, True, page.time_ns))
+            self._index.insert(taken[-1], oldest=True)  # nobody asked for it since
+            self._generation = max(self._generation, page.generation)
+        self.log.append(encode_stored(taken))
+        return len(taken)
 
     def close(self, quiet: bool) -> None:
         """quiet: no I/O of ours is in flight. If some is, the lock and the files stay open until the process ends, and
         what still comes to its end is logged.
         """
         if quiet:
-            self._log.close()
+            self.log.close()
             for extent in self.extents.values():
                 extent.doom()
             os.close(self._lock_fd)
