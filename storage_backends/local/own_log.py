@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, RECORD_BYTES, Head, LogWriter, Record
@@ -106,7 +107,7 @@ class OwnLog:
             self._rest_until = time.monotonic() + _RETRY_SECONDS
             errors, before, since = self.errors, self._log.head, self._log.position
             old = os.dup(self._log.fd)
-            pages = index.snapshot(folder)
+            pages: Any = index.snapshot(folder)  # of that index, whichever it is
         fresh: LogWriter | None = None
         replaced = False
         try:
