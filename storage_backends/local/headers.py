@@ -68,12 +68,12 @@ def read_headers(extent: Extent, slots: Sequence[int], stop: CancelFlag) -> list
 def read_headers_python(extent: Extent, slots: Sequence[int], stop: CancelFlag) -> list[Found]:
     """`read_headers`, one slot after the other."""
     found = []
-    room = OwnedMemory(min(_MOST_HEADER, extent.header.slot_bytes)).view
+    memory = OwnedMemory(min(_MOST_HEADER, extent.header.slot_bytes))
     for slot in slots:
         if stop.is_set():
             break
         try:
-            header = _read(extent, slot, room)
+            header = _read(extent, slot, memory.view)
         except (OSError, FormatError):
             continue
         if header is not None:
