@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,7 @@ from storage_backends.base import (
     Dispatcher,
     KeyBatch,
     OptionError,
+    Outcome,
     PageBatch,
 )
 from storage_backends.format import FormatError
@@ -53,7 +55,11 @@ _YIELD_SECONDS = 0.0005
 
 
 class LocalBackend(Backend):
-    """Slots in a directory of this machine, shared with other processes that open it. Thread-safe."""
+    """Slots in a directory of this machine, shared with other processes that open it. Thread-safe.
+
+    Of no use in a forked child, where nothing is found, everything is rejected and nothing of the parent's is touched:
+    a child opens a tier of its own.
+    """
 
     Options = LocalOptions
     options: LocalOptions
@@ -65,6 +71,7 @@ class LocalBackend(Backend):
 
     def __init__(self, options: LocalOptions, dispatcher: Dispatcher) -> None:
         super().__init__(options, dispatcher)
+        self._pid = os.getpid()
         self._closing = CancelFlag()
         self._index = open_index(options.eviction)
         options.path.mkdir(parents=True, exist_ok=True)
@@ -102,25 +109,40 @@ class LocalBackend(Backend):
         self._maintenance = threading.Thread(target=self._maintain, name="hicache-local", daemon=True)
         self._maintenance.start()
 
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether this is a forked child: it has none of the tier's threads, and its lock as some thread left it."""
+        return os.getpid() != self._pid
+
     def lookup(self, batch: KeyBatch) -> np.ndarray:
+        if self._elsewhere:
+            return np.zeros(len(batch), np.uint8)
         with self._lock:
             self._tier.expiry.meet(batch.namespace)
             self._directory.refresh()
             return self._index.lookup(batch.namespace.digest, batch.keys, batch.parents, True)
 
     def lookup_local(self, batch: KeyBatch) -> np.ndarray:
+        if self._elsewhere:
+            return np.zeros(len(batch), np.uint8)
         with self._lock:
             self._tier.expiry.meet(batch.namespace)
             return self._index.lookup(batch.namespace.digest, batch.keys, batch.parents, True)
 
     def read(self, batch: PageBatch) -> Completion:
+        if self._elsewhere:
+            return _settled(batch, Outcome.MISS)
         return self._reads.read(batch)
 
     def write(self, batch: PageBatch) -> Completion:
+        if self._elsewhere:
+            return _settled(batch, Outcome.REJECTED)
         return self._writes.write(batch)
 
     def remove(self, batch: KeyBatch) -> int:
         tier, removed = self._tier, 0
+        if self._elsewhere:
+            return 0
         with self._lock:
             for page in range(len(batch)):
                 known = self._index.get(batch.namespace.digest, batch.key(page))
@@ -134,6 +156,8 @@ class LocalBackend(Backend):
         return removed
 
     def clear(self, namespaces: Iterable[Namespace]) -> None:
+        if self._elsewhere:
+            return
         with self._lock:
             self._directory.clear({namespace.digest for namespace in namespaces})
 
@@ -141,6 +165,8 @@ class LocalBackend(Backend):
         self._engine.register_memory(address, length)
 
     def stats(self) -> Mapping[str, int | float | str]:
+        if self._elsewhere:
+            return {"state": "forked"}
         with self._lock:
             writer = self._directory.writer
             return {
@@ -161,7 +187,7 @@ class LocalBackend(Backend):
             }
 
     def close(self) -> None:
-        if self._closing.is_set():
+        if self._elsewhere or self._closing.is_set():
             return
         self._closing.set()
         until = time.monotonic() + CLOSE_SECONDS - 1.0
@@ -238,9 +264,17 @@ class LocalBackend(Backend):
                         self._upkeep.turn(self._directory.writer)
                     if self._directory.writer is not None and time.monotonic() - last_share > _SHARE_SECONDS:
                         last_share = time.monotonic()
+                        self._directory.writer.drop_deleted()
                         self._directory.update_share()
                         self._directory.writer.shrink(self._directory.share)
             except Exception:
                 if not failed:
                     failed = True
                     logger.exception("local tier %s: maintenance failed (said once)", self.options.path)
+
+
+def _settled(batch: PageBatch, outcome: Outcome) -> Completion:
+    """Every page with the same outcome, without the dispatcher, whose thread a forked child does not have."""
+    completion = Completion(len(batch), None)
+    completion.settle_many(range(len(batch)), [outcome] * len(batch))
+    return completion

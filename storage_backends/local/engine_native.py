@@ -175,6 +175,8 @@ class NativeEngine(IoEngine, SlotEngine):
 
     def _abandon(self) -> None:
         """The interpreter is going down: its threads may not enter it any more."""
+        if os.getpid() != self._pid:
+            return
         self.close(1.0)
         self._io.stop_reaping()
         if threading.current_thread() is not self._thread:

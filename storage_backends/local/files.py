@@ -111,9 +111,11 @@ def try_lock(path: Path) -> int | None:
     """An exclusive lock on `path` as an open descriptor, or None when somebody holds it. Gone with the process.
 
     An open file description's lock (F_OFD_SETLK): two stores in one process exclude each other as well, and whoever
-    only wants to know (is_locked) need not take it for a moment.
+    only wants to know (is_locked) need not take it for a moment. A forked child would share it and hold it beyond its
+    parent's end, so the child lets go of its copy of the descriptor, which leaves the parent's lock as it is.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    _locks[fd] = _identity(fd)
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK))
     except OSError as error:
@@ -146,6 +148,25 @@ def is_locked(path: Path) -> bool:
         return struct.unpack_from("@h", answer)[0] != fcntl.F_UNLCK
     finally:
         os.close(fd)
+
+
+_locks: dict[int, tuple[int, int]] = {}
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _let_go() -> None:
+    for fd, identity in _locks.items():
+        with contextlib.suppress(OSError):
+            if _identity(fd) == identity:  # else it was closed, and its number is another file's
+                os.close(fd)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _flock(kind: int) -> bytes:

@@ -37,6 +37,7 @@ class Folder:
         self.number = int(path.name[1:])
         self.files = files
         self.extents: dict[int, Extent] = {}
+        self.lost: set[int] = set()  # extents that the log names and that are not there
         self.behind = False  # more of the log is there than was taken in
         self.damaged = 0  # records of the log that did not pass their checksums
         self._log = LogReader(path / NAME)
@@ -96,7 +97,9 @@ class Folder:
                 logger.warning("%s: %s; its pages count as misses", extent_path(self.path, number), error)
                 return None
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                    self.lost.add(number)
+                else:
                     logger.warning("%s: %s; its pages count as misses", extent_path(self.path, number), error)
                 return None
             self.extents[number] = found

@@ -59,7 +59,7 @@ class Writer:
         self.free: dict[bytes, dict[tuple[int, int], None]] = {}
         self.disk_full_until = 0.0
         self._continue_log(folder)
-        self._load_extents()
+        self._load_extents(folder.lost)
         self._generation = max(
             time.time_ns(),
             index.newest_generation(self.number),
@@ -100,7 +100,8 @@ class Writer:
         elif folder.damaged:
             self.log.lacks(readers_too=True)
 
-    def _load_extents(self) -> None:
+    def _load_extents(self, lost: set[int]) -> None:
+        """lost: extents that are gone, though the log may still name their pages."""
         for number in extent_numbers(self.path):
             path = extent_path(self.path, number)
             try:
@@ -116,7 +117,7 @@ class Writer:
                 logger.warning("%s: %s; its pages count as misses", path, error)
                 continue
             self._enter(extent)
-        for number in self._index.extents(self.number):
+        for number in sorted(lost.union(self._index.extents(self.number))):
             known = self.extents.get(number)
             if known is None:
                 self.log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
@@ -272,6 +273,11 @@ class Writer:
         extent.doom()
         self._tell_capacity(extent.header.namespace)
         self.log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
+
+    def drop_deleted(self) -> None:
+        """Forget extents whose files somebody deleted: what is written there would not outlive this process."""
+        for number in [n for n, extent in self.extents.items() if not os.fstat(extent.fd).st_nlink]:
+            self.drop_extent(number, "lost")
 
     def drop_namespace(self, digest: bytes) -> None:
         for number in list(self.by_namespace.get(digest, {})):
