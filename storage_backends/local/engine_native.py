@@ -47,8 +47,17 @@ class _Job:
         self.open, self.ended, self.alive = pages, ended, alive
 
 
+def rings_for(processors: int) -> int:
+    """Rings for an engine on a machine with so many processors.
+
+    A ring's thread verifies what it reads, at a few GB/s; an array of disks gives more than two of them can. But every
+    ring pins the host pool once more, and a tensor-parallel server has an engine in each of its processes.
+    """
+    return max(2, min(6, processors // 4))
+
+
 class NativeEngine(IoEngine, SlotEngine):
-    """rings: rings, and threads for them. depth: pages in flight at a time in each of them.
+    """rings: rings, and threads for them; None: as many as this machine can use. depth: pages in flight in each.
 
     sqpoll: a kernel thread takes the requests (it spins: CPU for latency). iopoll: completions are polled (only for
     devices with polled queues, and direct I/O); tried first on a file in `directory`, where that is given, and left
@@ -60,7 +69,7 @@ class NativeEngine(IoEngine, SlotEngine):
     option_names = frozenset({"rings", "depth", "sqpoll", "iopoll", "direct", "directory"})
 
     def __init__(
-        self, rings: int = 2, depth: int = 32, sqpoll: bool = False, iopoll: bool = False, direct: bool = True,
+        self, rings: int | None = None, depth: int = 32, sqpoll: bool = False, iopoll: bool = False, direct: bool = True,
         directory: Path | None = None,
     ) -> None:  # fmt: skip
         if not direct:
@@ -68,6 +77,7 @@ class NativeEngine(IoEngine, SlotEngine):
         if iopoll and directory is not None and (problem := polling_refused(directory)):
             logger.warning("I/O engine native: completions are not polled: %s", problem)
             iopoll = False
+        rings = rings_for(len(os.sched_getaffinity(0))) if rings is None else rings
         try:
             self._io = _io.Engine(rings, depth, sqpoll, iopoll)
         except _io.Unavailable as error:

@@ -38,7 +38,7 @@ from storage_backends.local.slots import CancelFlag, SlotEngine, SlotGroup, Slot
 from tests.pages import HostPool, chain, namespace
 
 _io = pytest.importorskip("hicache_ext._io", reason="not built")
-from storage_backends.local.engine_native import NativeEngine, polling_refused  # noqa: E402 - only where it is built
+from storage_backends.local.engine_native import NativeEngine, rings_for, polling_refused  # noqa: E402 - only where it is built
 
 PATIENCE = 30.0
 SHAPES = [(8192, 8192), (4096,), (65536 + 4096, 4096), (70272,), (1 << 20, 1 << 20)]
@@ -393,6 +393,10 @@ def test_a_batch_that_is_not_its_namespaces_is_a_mistake(tmp_path: Path) -> None
         slots.io.must_bounce(other.batch(chain("a", 2)))
 
 
+def test_rings_follow_the_machine() -> None:
+    assert [rings_for(processors) for processors in (1, 2, 8, 16, 24, 256)] == [2, 2, 2, 4, 6, 6]
+
+
 @pytest.mark.parametrize("options", [{"rings": 0}, {"depth": 0}, {"rings": 65}, {"depth": 5000}])
 def test_absurd_sizes_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="depth"):
@@ -504,7 +508,7 @@ def test_the_interpreter_ends_with_an_engine_open_and_busy(tmp_path: Path) -> No
         import os, sys, numpy as np
         from storage_backends.buffers import OwnedMemory
         from storage_backends.local.engine import Transfer, open_engine
-        from storage_backends.local.engine_native import NativeEngine
+        from storage_backends.local.engine_native import NativeEngine, rings_for
         memory = OwnedMemory(4 << 20)
         fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
         os.truncate(fd, 4 << 20)
