@@ -69,8 +69,8 @@ class NativeEngine(IoEngine, SlotEngine):
     option_names = frozenset({"rings", "depth", "sqpoll", "iopoll", "direct", "directory"})
 
     def __init__(
-        self, rings: int | None = None, depth: int = 32, sqpoll: bool = False, iopoll: bool = False, direct: bool = True,
-        directory: Path | None = None,
+        self, rings: int | None = None, depth: int = 32, sqpoll: bool = False, iopoll: bool = False,
+        direct: bool = True, directory: Path | None = None,
     ) -> None:  # fmt: skip
         if not direct:
             raise EngineUnavailable("the file system does no direct I/O")

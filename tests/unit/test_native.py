@@ -38,7 +38,11 @@ from storage_backends.local.slots import CancelFlag, SlotEngine, SlotGroup, Slot
 from tests.pages import HostPool, chain, namespace
 
 _io = pytest.importorskip("hicache_ext._io", reason="not built")
-from storage_backends.local.engine_native import NativeEngine, rings_for, polling_refused  # noqa: E402 - only where it is built
+from storage_backends.local.engine_native import (  # noqa: E402 - only where it is built
+    NativeEngine,
+    polling_refused,
+    rings_for,
+)
 
 PATIENCE = 30.0
 SHAPES = [(8192, 8192), (4096,), (65536 + 4096, 4096), (70272,), (1 << 20, 1 << 20)]
@@ -508,7 +512,7 @@ def test_the_interpreter_ends_with_an_engine_open_and_busy(tmp_path: Path) -> No
         import os, sys, numpy as np
         from storage_backends.buffers import OwnedMemory
         from storage_backends.local.engine import Transfer, open_engine
-        from storage_backends.local.engine_native import NativeEngine, rings_for
+        from storage_backends.local.engine_native import NativeEngine
         memory = OwnedMemory(4 << 20)
         fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
         os.truncate(fd, 4 << 20)
