@@ -1,27 +1,30 @@
 """A process with a local tier of its own, driven by JSON lines on stdin: for tests that need real processes.
 
+With QUICK in the environment, shares of the capacity move in seconds instead of minutes.
+
 Commands: store, found, served, write_forever, clear, stats, close. Each answers with one JSON line.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from storage_backends.base import Dispatcher, Outcome
-from storage_backends.local import LocalBackend
+from storage_backends.local import LocalBackend, supply, use
 from tests.pages import HostPool, chain, key_batch, namespace
+
+QUICK = "HICACHE_EXT_TEST_QUICK"
 
 
 class Worker:
     """The parent's end."""
 
     def __init__(self, path: Path, capacity: int, model: str = "model-a", engine: str = "threads", **env: str) -> None:
-        import os
-
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.worker", str(path), str(capacity), model, engine],
             stdin=subprocess.PIPE,
@@ -68,6 +71,8 @@ def served(backend: LocalBackend, space: Any, keys: list[bytes]) -> list[str]:
 
 
 def main(path: str, capacity: str, model: str, engine: str) -> None:
+    if os.environ.get(QUICK):
+        supply.SHARE_SECONDS, use.HALF_LIFE = 0.2, 1.0
     space = namespace((65536, 65536), model=model)
     backend = LocalBackend(
         LocalBackend.Options.model_validate({"path": path, "capacity": int(capacity), "engine": engine}), Dispatcher()

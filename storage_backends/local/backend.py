@@ -41,6 +41,7 @@ from storage_backends.local.options import LocalOptions
 from storage_backends.local.reads import Reads
 from storage_backends.local.room import Room
 from storage_backends.local.slots import CancelFlag, slot_engine
+from storage_backends.local.supply import Supply
 from storage_backends.local.tier import Tier
 from storage_backends.local.upkeep import Upkeep
 from storage_backends.local.writer import Writer
@@ -49,7 +50,6 @@ from storage_backends.local.writes import Writes
 logger = logging.getLogger(__name__)
 
 _MAINTENANCE_SECONDS = 0.2
-_SHARE_SECONDS = 2.0
 #: Lets another thread have the lock, which is not fair by itself.
 _YIELD_SECONDS = 0.0005
 
@@ -108,6 +108,7 @@ class LocalBackend(Backend):
         self._upkeep = Upkeep(self._index, self._lock, self._closing)
         self._maintenance = threading.Thread(target=self._maintain, name="hicache-local", daemon=True)
         self._maintenance.start()
+        self._supply = Supply(self._directory, self._index, self._lock)
 
     @property
     def _elsewhere(self) -> bool:
@@ -190,9 +191,10 @@ class LocalBackend(Backend):
         if self._elsewhere or self._closing.is_set():
             return
         self._closing.set()
+        self._supply.close()
         until = time.monotonic() + CLOSE_SECONDS - 1.0
         quiet = self._engine.close(until - time.monotonic())
-        for thread in (self._maintenance, *self._upkeep.threads):
+        for thread in (self._maintenance, self._supply.thread, *self._upkeep.threads):
             thread.join(max(0.0, until - time.monotonic()))
         if not quiet:
             logger.error("local tier: the device did not answer before the close; its files stay open")
@@ -247,7 +249,7 @@ class LocalBackend(Backend):
             time.sleep(_YIELD_SECONDS)
 
     def _maintain(self) -> None:
-        last_share, failed = 0.0, False
+        failed = False
         while not self._closing.wait(_MAINTENANCE_SECONDS):
             try:
                 gone = self._directory.gone()
@@ -262,11 +264,6 @@ class LocalBackend(Backend):
                     self._expire()
                     if self._directory.writer is not None:
                         self._upkeep.turn(self._directory.writer)
-                    if self._directory.writer is not None and time.monotonic() - last_share > _SHARE_SECONDS:
-                        last_share = time.monotonic()
-                        self._directory.writer.drop_deleted()
-                        self._directory.update_share()
-                        self._directory.writer.shrink(self._directory.share)
             except Exception:
                 if not failed:
                     failed = True

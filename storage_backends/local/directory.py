@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+from hicache_ext.page import Namespace
 from storage_backends.base import OptionError
-from storage_backends.format import FORMAT_LINE, VERSION, FormatError, UnknownVersion
+from storage_backends.format import BLOCK, FORMAT_LINE, VERSION, ExtentHeader, FormatError, SlotShape, UnknownVersion
 from storage_backends.local.extents import ExtentFiles, extent_numbers
 from storage_backends.local.files import remove_old_probes, try_lock
 from storage_backends.local.folder import LOCK, Folder, folder_number
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record
 from storage_backends.local.rules import Rules
+from storage_backends.local.shares import Use, shares
+from storage_backends.local.use import Told, read_use
 from storage_backends.local.writer import RemovedListener, Writer
 
 logger = logging.getLogger(__name__)
@@ -27,10 +33,37 @@ logger = logging.getLogger(__name__)
 _FORMAT = "FORMAT"
 #: What reading one folder's log may take of a caller's time.
 _REFRESH_SECONDS = 0.002
+#: Evicting or refusing makes a writer one that wants more, for this long.
+_WANTING_SECONDS = 10.0
+#: The largest extent that a write makes itself: quick on a disk that is well.
+_IN_A_WRITE = 64 << 20
+
+
+class Seen(NamedTuple):
+    """Another writer's folder. held: bytes on disk."""
+
+    number: int
+    living: bool
+    held: int
+    told: Told | None
+
+
+def look(folders: list[Folder]) -> list[Seen]:
+    """What the folders hold and say now. Needs no lock."""
+    return [Seen(f.number, f.has_owner(), f.disk_bytes(), read_use(f.path)) for f in folders]
+
+
+def use_of(told: Told | None, held: int) -> Use:
+    return Use(held) if told is None else Use(held, told.hit, told.stored, told.wants_more, told.pinned)
 
 
 class Directory:
-    """Every folder of the tier, one of which may be ours. Not thread-safe: the backend's lock is around it."""
+    """Every folder of the tier, one of which may be ours. Not thread-safe: the backend's lock is around it.
+
+    share: bytes that this writer may hold. wanted_at: when it last wanted more (monotonic, s). short: namespaces that
+    run out of free slots; wake: set when there is work for supply.py. slow_from: the moment from which what supply.py
+    does now counts as slow.
+    """
 
     def __init__(self, path: Path, capacity: int, files: ExtentFiles, index: AnyIndex, rules: Rules) -> None:
         self.path = path
@@ -41,6 +74,10 @@ class Directory:
         self.folders: dict[int, Folder] = {}
         self.writer: Writer | None = None
         self.share = capacity
+        self.wanted_at = -math.inf
+        self.slow_from = math.inf
+        self.short: dict[bytes, tuple[Namespace, SlotShape]] = {}
+        self.wake = threading.Event()
         self._seen_mtime = -1
         self._open = False
         self._unknown: set[int] = set()
@@ -132,21 +169,67 @@ class Directory:
         self.folders.pop(number, None)
         self.writer = writer
         self.update_share()
-        writer.shrink(self.share)
+        self.wake.set()
         return writer
 
     def update_share(self) -> None:
-        """This writer's part of the capacity: what abandoned folders leave, in equal parts among living writers."""
-        living, abandoned = 1, 0
-        for folder in self.folders.values():
-            if folder.has_owner():
-                living += 1
-            else:
-                abandoned += folder.disk_bytes()
-        self.share = max(0, self.capacity - abandoned) // living
+        """Set this writer's part of the capacity."""
+        self.part(look(list(self.folders.values())))
 
-    def reclaim_abandoned(self) -> bool:
-        """Delete the oldest extent of an abandoned folder, if there is any; whether there is more room now."""
+    def part(self, seen: list[Seen]) -> None:
+        """Set this writer's part of what abandoned folders leave, by its use and the others' (shares.py)."""
+        assert self.writer is not None
+        uses = {self.writer.number: use_of(self.told(), self.writer.disk_bytes)}
+        uses |= {other.number: use_of(other.told, other.held) for other in seen if other.living}
+        abandoned = sum(other.held for other in seen if not other.living)
+        self.share = shares(self.capacity - abandoned, uses)[self.writer.number]
+
+    def told(self) -> Told:
+        """What this writer says of itself."""
+        writer = self.writer
+        assert writer is not None
+        wants_more = time.monotonic() - self.wanted_at < _WANTING_SECONDS
+        return writer.recent.told(time.time_ns(), writer.disk_bytes, writer.pinned_bytes, wants_more)
+
+    def plan(self, namespace: Namespace, shape: SlotShape, most: int = 1 << 62) -> ExtentHeader | None:
+        """Writer.plan within this writer's part and within what is free in fact: others may not have shrunk yet."""
+        writer = self.writer
+        assert writer is not None
+        share = self.share
+        if share - writer.disk_bytes >= BLOCK + shape.slot_bytes:
+            others = sum(folder.disk_bytes() for folder in self.folders.values())
+            share = min(share, self.capacity - others)
+        return writer.plan(namespace, shape, share, most)
+
+    def grow(self, namespace: Namespace, shape: SlotShape) -> bool:
+        """Add a small extent now, in a caller's time; whether there was room. OSError when it could not be made.
+
+        Not while the disk is slow to make or delete files: nobody waits for that but supply.py.
+        """
+        writer = self.writer
+        assert writer is not None
+        if time.monotonic() > self.slow_from:
+            return False
+        header = self.plan(namespace, shape, _IN_A_WRITE)
+        if header is None:
+            return False
+        try:
+            writer.made(writer.create(header))
+        except OSError as error:
+            writer.unmade(header, error)
+            raise
+        return True
+
+    def want(self, namespace: Namespace, shape: SlotShape) -> None:
+        """This namespace runs short of free slots: somebody should see to it before it has none."""
+        self.short[namespace.digest] = namespace, shape
+        self.wake.set()
+
+    def take_abandoned(self, namespace: Namespace, shape: SlotShape) -> bool:
+        """Turn the oldest extent of an abandoned folder into one of ours, in O(1); whether there was one.
+
+        Those too small for a page are given up instead.
+        """
         for number, folder in sorted(self.folders.items()):
             extents = [number for number in extent_numbers(folder.path) if not self._is_pinned(folder, number)]
             if not extents:
@@ -155,21 +238,36 @@ class Directory:
             if lock_fd is None:
                 continue
             try:
-                # The lock is ours for a moment: the log may be written, and whoever reads it learns what went.
-                log = LogWriter(folder.path / NAME)
-                log.append([Record(Kind.EXTENT_GONE, extents[0], time_ns=time.time_ns())])
-                log.close()
-                self.files.delete(folder.path, extents[0])
-                folder.poll(self.index)
+                for number in extents:
+                    if self._take(folder, number, namespace, shape):
+                        logger.info("%s has no writer any more: extent %d is ours now", folder.path, number)
+                        self.update_share()
+                        return True
             except (OSError, FormatError) as error:
                 logger.warning("%s: cannot be reclaimed: %s", folder.path, error)
-                continue
             finally:
                 os.close(lock_fd)
-            logger.info("w%d has no writer any more: extent %d deleted for room", number, extents[0])
-            self.update_share()
-            return True
         return False
+
+    def _take(self, folder: Folder, number: int, namespace: Namespace, shape: SlotShape) -> bool:
+        assert self.writer is not None
+        try:
+            extent = self.files.open(folder.path, number, write=True)
+        except FormatError:
+            self.files.retire(folder.path, number)
+            return False
+        # The lock is ours for a moment: the log may be written, and whoever reads it learns what went.
+        log = LogWriter(folder.path / NAME)
+        log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
+        log.close()
+        folder.poll(self.index)
+        if extent.header.extent_bytes < BLOCK + shape.slot_bytes:
+            extent.doom()
+            self.files.retire(folder.path, number)
+            self.wake.set()
+            return False
+        self.writer.turn(extent, namespace, shape)
+        return True
 
     def _is_pinned(self, folder: Folder, number: int) -> bool:
         if not self.rules.any_pin:
@@ -200,7 +298,7 @@ class Directory:
         for number in extent_numbers(folder.path):
             extent = folder.extent(number)
             if extent is not None and extent.header.namespace in namespaces:
-                self.files.delete(folder.path, number)
+                self.files.retire(folder.path, number)
                 log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
         log.close()
         folder.poll(self.index)

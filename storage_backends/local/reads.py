@@ -127,10 +127,12 @@ class Reads:
 
     def _unpin(self, flight: _Flight, places: Sequence[int]) -> None:
         held, extents = flight.held, flight.extents
+        writer = self._tier.directory.writer
         freed = self._tier.index.unpin([held.handles[place] for place in places])
         for extent, pins in Counter([extents[place] for place in places]).items():
+            if writer is not None and writer.extents.get(extent.number) is extent:
+                writer.recent.count(hit=pins * extent.header.slot_bytes)
             extent.unpin(pins)
-        writer = self._tier.directory.writer
         if writer is None or not any(freed):
             return
         for place, last in zip(places, freed, strict=True):

@@ -44,12 +44,13 @@ class Grant:
 
 class _Request:
     """Pages of a batch that still want room. left: in the running. stranded: worth room, but their parents are not
-    here to stay. kept: keys that may not go for this batch."""
+    here to stay. kept: keys that may not go for this batch. short: there was not room enough without taking any."""
 
     def __init__(self, batch: KeyBatch, pages: list[int], admit: Callable[[int], bool] | None, pinned: bool) -> None:
         """pinned: no page of the batch's namespace may go."""
         self.batch = batch
         self.pinned = pinned
+        self.short = False
         self.left = pages
         self.stranded: list[int] = []
         self.kept: set[bytes] = set()
@@ -125,6 +126,7 @@ class Room:
         except OSError as error:
             request.grant.error = error
         grant = request.close()
+        self._look_ahead(request, shape)
         self._announce(batch, grant.pages)
         return grant
 
@@ -134,6 +136,16 @@ class Room:
         for key in keys:
             coming.pop(key, None)
 
+    def _look_ahead(self, request: _Request, shape: SlotShape) -> None:
+        """Say what will be needed before it is."""
+        directory, namespace = self._directory, request.batch.namespace
+        if directory.writer is None:
+            return
+        if request.short:
+            directory.wanted_at = time.monotonic()
+        if directory.writer.is_short(namespace.digest):
+            directory.want(namespace, shape)
+
     def _provide(self, request: _Request, writer: Writer, shape: SlotShape) -> None:
         namespace = request.batch.namespace
         larger = True
@@ -141,15 +153,16 @@ class Room:
             self._fill(request, writer, namespace, shape)
             self._judge(request)
             count = len(request.left)
+            request.short |= bool(count or request.stranded)
             if count and larger:
                 larger = False
-                if self._reclaim_from_larger(writer, namespace.digest):
+                if self._reclaim_from_larger(writer, namespace, shape):
                     continue
             if count and not request.pinned and self._evict(writer, namespace.digest, count, request.kept):
                 continue
-            if count and self._reclaim_coldest(writer, namespace.digest):
+            if count and self._reclaim_coldest(writer, namespace, shape):
                 continue
-            if (count or request.stranded) and self._directory.reclaim_abandoned():
+            if (count or request.stranded) and self._directory.take_abandoned(namespace, shape):
                 request.recall()
                 continue
             return
@@ -162,7 +175,7 @@ class Room:
             if not request.left or request.grant.error is not None:
                 return
             try:
-                if not writer.grow(namespace, shape, self._directory.share):
+                if not self._directory.grow(namespace, shape):
                     return
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -213,16 +226,14 @@ class Room:
         writer.forgotten(pages, records, "evicted")
         return len(pages)
 
-    def _reclaim_from_larger(self, writer: Writer, namespace: bytes) -> bool:
+    def _reclaim_from_larger(self, writer: Writer, namespace: Namespace, shape: SlotShape) -> bool:
         """Take an extent from a colder namespace that has more: a new namespace must not starve in one extent."""
-        mine = len(writer.by_namespace.get(namespace, ()))
-        larger = [other for other in writer.loose() if len(writer.by_namespace[other]) > mine + 1]
-        coldest = self._index.coldest(larger)
-        return coldest is not None and coldest != namespace and writer.reclaim(coldest)
+        coldest = self._index.coldest(writer.larger(namespace.digest))
+        return coldest is not None and coldest != namespace.digest and writer.reclaim(coldest, namespace, shape)
 
-    def _reclaim_coldest(self, writer: Writer, namespace: bytes) -> bool:
-        coldest = self._index.coldest(other for other in writer.loose() if other != namespace)
-        return coldest is not None and writer.reclaim(coldest)
+    def _reclaim_coldest(self, writer: Writer, namespace: Namespace, shape: SlotShape) -> bool:
+        coldest = self._index.coldest(other for other in writer.loose() if other != namespace.digest)
+        return coldest is not None and writer.reclaim(coldest, namespace, shape)
 
     def _announce(self, batch: KeyBatch, pages: list[int]) -> None:
         coming = self._coming.setdefault(batch.namespace.digest, {})

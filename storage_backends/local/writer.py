@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from hicache_ext.page import Namespace
 from storage_backends.format import BLOCK, ExtentHeader, FormatError, SlotShape, UnknownVersion
-from storage_backends.local.extents import Extent, extent_numbers, extent_path
+from storage_backends.local.extents import Extent, extent_numbers, extent_path, retired_numbers
 from storage_backends.local.files import try_lock
 from storage_backends.local.folder import LOCK, Folder
 from storage_backends.local.headers import Found
@@ -26,13 +26,18 @@ from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.own_log import OwnLog
 from storage_backends.local.residency import Kind, Record, encode_stored
 from storage_backends.local.rules import Rules
+from storage_backends.local.shares import MIN_EXTENT
+from storage_backends.local.use import Recent
 
 logger = logging.getLogger(__name__)
 
-_MIN_EXTENT = 4 << 20
 _MAX_EXTENT = 1 << 30
 _EXTENTS_PER_SHARE = 32
 _DISK_FULL_SECONDS = 10.0
+#: Free slots that are enough, however many a namespace has.
+_AHEAD = 256
+#: Reasons for which a page goes that orders of eviction remember.
+_FOR_ROOM = ("evicted", "reclaimed")
 
 Place = tuple[Extent, int]
 RemovedListener = Callable[[list[Page], str], None]
@@ -42,8 +47,9 @@ RemovedListener = Callable[[list[Page], str], None]
 class Writer:
     """Owner of one folder. Not thread-safe: the tier's lock is around every method.
 
-    extents: by number; by_namespace has the same. free: slots that hold nothing, per namespace. disk_bytes: what the
-    extents take on the disk.
+    extents: by number; by_namespace has the same. free: slots that hold nothing, per namespace. leaving: extents that
+    were given up, whose space is not free yet. disk_bytes: what all of them take on the disk, planned ones too. recent:
+    bytes of our pages hit and stored of late.
     """
 
     def __init__(self, folder: Folder, lock_fd: int, index: AnyIndex, rules: Rules, removed: RemovedListener) -> None:
@@ -55,7 +61,9 @@ class Writer:
         self._removed = removed
         self.extents: dict[int, Extent] = {}
         self.by_namespace: dict[bytes, dict[int, Extent]] = {}
+        self.leaving: dict[int, Extent] = {}
         self.disk_bytes = 0
+        self.recent = Recent(time.monotonic)
         self.free: dict[bytes, dict[tuple[int, int], None]] = {}
         self.disk_full_until = 0.0
         self._continue_log(folder)
@@ -102,6 +110,7 @@ class Writer:
 
     def _load_extents(self, lost: set[int]) -> None:
         """lost: extents that are gone, though the log may still name their pages."""
+        self._next_number = 1 + max((*extent_numbers(self.path), *retired_numbers(self.path)), default=-1)
         for number in extent_numbers(self.path):
             path = extent_path(self.path, number)
             try:
@@ -110,7 +119,7 @@ class Writer:
                 raise
             except FormatError as error:
                 logger.warning("%s: %s; deleted, its pages are lost", path, error)
-                self._files.delete(self.path, number)
+                self._files.retire(self.path, number)
                 continue
             except OSError as error:
                 # One bad sector or permission must not cost the folder. The number stays taken, the file is left alone.
@@ -169,46 +178,81 @@ class Writer:
             self.extents[number].pins += pins
         return [(self.extents[number], slot) for number, slot in taken]
 
-    def grow(self, namespace: Namespace, shape: SlotShape, share: int) -> bool:
-        """Add an extent for this namespace within `share` bytes of disk; whether there was room.
+    def plan(self, namespace: Namespace, shape: SlotShape, share: int, most: int = _MAX_EXTENT) -> ExtentHeader | None:
+        """The next extent for this namespace, of at most `most` bytes and within `share` bytes of disk; None: no room.
 
-        OSError when it could not be made; a full disk is not asked again for a while.
+        Its bytes count as held from now on, so `made` or `unmade` must follow. A namespace's extents start small and
+        double what it holds. A full disk is not asked again for a while.
         """
         if time.monotonic() < self.disk_full_until:
-            return False
-        target = min(_MAX_EXTENT, max(_MIN_EXTENT, share // _EXTENTS_PER_SHARE))
+            return None
+        held = self._bytes(namespace.digest)
+        target = min(_MAX_EXTENT, max(MIN_EXTENT, share // _EXTENTS_PER_SHARE), max(MIN_EXTENT, held), most)
         room = share - self.disk_bytes
         slots = max(1, (min(target, room) - BLOCK) // shape.slot_bytes)
         size = BLOCK + slots * shape.slot_bytes
         if size > room:
+            return None
+        self.disk_bytes += size
+        return self._header(namespace, shape, size)
+
+    def made(self, extent: Extent) -> None:
+        """A planned extent is there: its slots are free."""
+        self.disk_bytes -= extent.header.extent_bytes
+        self._add(extent)
+
+    def unmade(self, header: ExtentHeader, error: OSError) -> None:
+        """A planned extent could not be made."""
+        self.disk_bytes -= header.extent_bytes
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self.disk_full_until = time.monotonic() + _DISK_FULL_SECONDS
+
+    def create(self, header: ExtentHeader) -> Extent:
+        """Make a planned extent. Needs no lock, and may take long. OSError as ExtentFiles.create."""
+        return self._files.create(self.path, header)
+
+    def reclaim(self, namespace: bytes, taker: Namespace | None = None, shape: SlotShape | None = None) -> bool:
+        """Give up the extent of `namespace` that was used the longest ago. What hangs below its pages: `sweep`.
+
+        taker, shape: the namespace that gets the extent, in O(1), and its slots; whether it did. Where none of the
+        extents holds such a slot one is deleted, which makes room later. OSError when the device refuses.
+        """
+        idle = [number for number, extent in self.by_namespace.get(namespace, {}).items() if not extent.pins]
+        if not idle or self.is_pinned(namespace):
             return False
-        number = 1 + max((*self.extents, *extent_numbers(self.path)), default=-1)
-        header = ExtentHeader(
-            self.next_generations(1)[0], shape.slot_bytes, size, slots, number, namespace.digest,
-            time.time_ns(), namespace.description,
-        )  # fmt: skip
-        try:
-            self._enter(self._files.create(self.path, header))
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                self.disk_full_until = time.monotonic() + _DISK_FULL_SECONDS
-            raise
-        self.free.setdefault(namespace.digest, {}).update(((number, slot), None) for slot in range(slots)[::-1])
-        self._tell_capacity(namespace.digest)
+        fit = [n for n in idle if shape is None or self.extents[n].header.extent_bytes >= BLOCK + shape.slot_bytes]
+        if not fit and self.leaving:
+            return False  # room is on its way
+        number = min(fit or idle, key=lambda extent: self._index.last_used(self.number, extent))
+        if not fit or taker is None or shape is None:
+            self.drop_extent(number, "reclaimed")
+            return bool(fit)
+        self.turn(self._empty(number, "reclaimed"), taker, shape)
         return True
 
-    def reclaim(self, namespace: bytes) -> bool:
-        """Delete the extent of `namespace` that was used the longest ago, with all that hangs below its pages."""
-        if self.is_pinned(namespace):
-            return False
-        idle = [number for number, extent in self.by_namespace.get(namespace, {}).items() if not extent.pins]
-        if not idle:
-            return False
-        number = min(idle, key=lambda extent: self._index.last_used(self.number, extent))
-        doomed = self._index.descendants(self._index.in_extent(self.number, number))
-        self.forget([page for page in doomed if not page.pins], "evicted")
-        self.drop_extent(number, "evicted")
-        return True
+    def turn(self, old: Extent, namespace: Namespace, shape: SlotShape) -> None:
+        """Take over an empty extent that nobody uses, of this folder or another that nobody writes, in place."""
+        header = self._header(namespace, shape, old.header.extent_bytes)
+        try:
+            self._add(self._files.reuse(self.path, old, header))
+        except OSError:
+            old.doom()
+            if old.path.parent == self.path:
+                self._go(old)
+            raise
+
+    def _header(self, namespace: Namespace, shape: SlotShape, size: int) -> ExtentHeader:
+        number, self._next_number = self._next_number, self._next_number + 1
+        return ExtentHeader(
+            self.next_generations(1)[0], shape.slot_bytes, size, (size - BLOCK) // shape.slot_bytes, number,
+            namespace.digest, time.time_ns(), namespace.description,
+        )  # fmt: skip
+
+    def _add(self, extent: Extent) -> None:
+        self._enter(extent)
+        slots = range(extent.header.slots)[::-1]
+        self.free.setdefault(extent.header.namespace, {}).update(((extent.number, slot), None) for slot in slots)
+        self._tell_capacity(extent.header.namespace)
 
     def is_pinned(self, namespace: bytes) -> bool:
         """Whether what the namespace has here stays."""
@@ -222,12 +266,46 @@ class Writer:
             return list(self.by_namespace)
         return [namespace for namespace in self.by_namespace if not self.is_pinned(namespace)]
 
-    def shrink(self, share: int) -> None:
-        """Evict until the folder takes at most `share` bytes."""
-        while self.disk_bytes > share and self.extents:
-            coldest = self._index.coldest(self.loose())
-            if coldest is None or not self.reclaim(coldest):
-                return
+    def larger(self, namespace: bytes) -> list[bytes]:
+        """Namespaces with extents that may go which have more than this one, even with one extent less."""
+        mine = self._bytes(namespace)
+        others = {other: self.by_namespace[other] for other in self.loose() if other != namespace}
+        return [other for other, had in others.items() if self._bytes(other) * (len(had) - 2) >= mine * len(had)]
+
+    def _bytes(self, namespace: bytes) -> int:
+        return sum(extent.header.extent_bytes for extent in self.by_namespace.get(namespace, {}).values())
+
+    def is_short(self, namespace: bytes) -> bool:
+        """Whether a namespace's free slots may not last until more are made."""
+        slots = sum(extent.header.slots for extent in self.by_namespace.get(namespace, {}).values())
+        return len(self.free.get(namespace, ())) < min(_AHEAD, max(1, slots // 4))
+
+    def sweep(self, limit: int) -> bool:
+        """Forget pages that nobody can come by, since what is above them was reclaimed; whether there may be more."""
+        self.forget(self._index.sweep_orphans(limit), "reclaimed")
+        return self._index.orphans() > 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        if not self._rules.any_pin:
+            return 0
+        pinned = [extents for namespace, extents in self.by_namespace.items() if self.is_pinned(namespace)]
+        return sum(extent.header.extent_bytes for extents in pinned for extent in extents.values())
+
+    def shrink(self, share: int) -> bool:
+        """Give up an extent if the folder takes more than `share` bytes; whether one was."""
+        if self.disk_bytes - sum(extent.header.extent_bytes for extent in self.leaving.values()) <= share:
+            return False
+        coldest = self._index.coldest(self.loose())
+        return coldest is not None and self.reclaim(coldest)
+
+    def delete(self, extent: Extent) -> None:
+        """Free the space of an extent that is leaving. Needs no lock, and may take long. OSError."""
+        self._files.delete(self.path, extent.number)
+
+    def deleted(self, extent: Extent) -> None:
+        del self.leaving[extent.number]
+        self.disk_bytes -= extent.header.extent_bytes
 
     # -- pages ---------------------------------------------------------------------------------------------------
 
@@ -240,12 +318,13 @@ class Writer:
         replaced, records = self._index.publish(
             namespace, keys, parents, self.number, numbers, slots, generations, time_ns
         )
+        self.recent.count(stored=sum(extent.header.slot_bytes for extent in extents))
         self._give_slots([old for old in replaced if old.own])
         self.log.append(records)
 
     def forget(self, pages: list[Page], reason: str) -> None:
-        """Remove own pages from index and log, and free their slots. reason "evicted": for want of room."""
-        self.forgotten(*self._index.forget(pages, reason == "evicted", time.time_ns()), reason)
+        """Remove own pages from index and log, and free their slots. reason: one of _FOR_ROOM, or another."""
+        self.forgotten(*self._index.forget(pages, reason in _FOR_ROOM, time.time_ns()), reason)
 
     def forgotten(self, pages: list[Page], records: bytes, reason: str) -> None:
         """The index removed these own pages and wrote these records of it."""
@@ -260,19 +339,29 @@ class Writer:
             self.free.setdefault(extent.header.namespace, {})[extent.number, slot] = None
 
     def drop_extent(self, number: int, reason: str) -> None:
-        """Delete an extent's file and everything in it."""
+        """Give up an extent and everything in it. Its space is freed later (`leaving`)."""
+        extent = self._empty(number, reason)
+        extent.doom()
+        self._go(extent)
+
+    def _empty(self, number: int, reason: str) -> Extent:
+        """Forget an extent and everything in it."""
         extent = self._leave(number)
-        gone, _ = self._index.forget(self._index.in_extent(self.number, number), reason == "evicted", time.time_ns())
+        gone, _ = self._index.forget(self._index.in_extent(self.number, number), reason in _FOR_ROOM, time.time_ns())
         if gone:
             self._removed(gone, reason)
         free = self.free.get(extent.header.namespace, {})
         for place in [place for place in free if place[0] == number]:
             del free[place]
-        with contextlib.suppress(OSError):
-            self._files.delete(self.path, number)
-        extent.doom()
         self._tell_capacity(extent.header.namespace)
         self.log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
+        return extent
+
+    def _go(self, extent: Extent) -> None:
+        with contextlib.suppress(OSError):  # it is deleted all the same
+            self._files.retire(self.path, extent.number)
+        self.leaving[extent.number] = extent
+        self.disk_bytes += extent.header.extent_bytes
 
     def drop_deleted(self) -> None:
         """Forget extents whose files somebody deleted: what is written there would not outlive this process."""

@@ -45,6 +45,11 @@ def served(backend: LocalBackend, space: Any, keys: list[bytes]) -> list[Outcome
     return outcomes
 
 
+def held(tmp_path: Path) -> int:
+    """Bytes of extents, those that wait for their deletion too."""
+    return sum(file.stat().st_size for file in (tmp_path / "tier").glob("w*/e*"))
+
+
 def test_pages_survive_a_restart(tier: Open) -> None:
     space, keys = namespace(LENGTHS), chain("a", 30)
     first = tier()
@@ -127,10 +132,13 @@ def test_another_capacity_evicts_or_grows_but_never_wipes(tier: Open, tmp_path: 
     first.close()
     again = tier(capacity=capacity)
     store(again, space, chain("b", 8))
+    deadline = time.monotonic() + 10
+    while held(tmp_path) > capacity and time.monotonic() < deadline:
+        time.sleep(0.02)
     kept = found(again, space, keys)
     assert kept == sorted(kept, reverse=True)
     assert sum(kept) == 100 if capacity > 48 * MIB else 10 < sum(kept) < 100
-    assert sum(f.stat().st_size for f in (tmp_path / "tier").rglob("*.ext")) <= capacity
+    assert held(tmp_path) <= capacity
     assert Outcome.HIT in served(again, space, keys)
 
 
@@ -227,7 +235,7 @@ def test_no_directory_entry_is_left_over(tier: Open, tmp_path: Path) -> None:
     names = {p.name for p in (tmp_path / "tier").iterdir()}
     inside = {p.name for p in (tmp_path / "tier" / "w0").iterdir()}
     assert names == {"FORMAT", "w0"}
-    assert inside == {"lock", "residency.log", "e0000000000.ext"}
+    assert inside - {"use"} == {"lock", "residency.log", "e0000000000.ext"}
 
 
 def test_pools_that_do_not_fit_direct_io_bounce_and_are_counted(tier: Open) -> None:
