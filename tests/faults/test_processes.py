@@ -122,5 +122,5 @@ def test_killed_while_writing_again_and_again(start: Start, tmp_path: Path) -> N
     assert usable >= 0.99 * 8 * len(acknowledged)
     assert last.ask("store", chain="after", pages=8) == ["HIT"] * 8
     left = {p.relative_to(tmp_path / "tier").as_posix() for p in (tmp_path / "tier").rglob("*") if p.is_file()}
-    strange = [name for name in left if not re.fullmatch(r"FORMAT|w\d+/(lock|residency\.log|e\d{10}\.ext)", name)]
+    strange = [name for name in left if not re.fullmatch(r"FORMAT|w\d+/(lock|use|residency\.log|e\d{10}\.ext)", name)]
     assert strange == [], "no orphan of a temporary is left, however often a writer dies"
