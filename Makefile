@@ -91,19 +91,24 @@ fuzz: venv
 	$(PIP) install -q atheris || echo "atheris does not install here: inputs are mutated blindly"
 	$(BIN)/python -m tests.fuzz.run $(ARGS)
 
-# The native engine and the checksums under ASan with UBSan, then under TSan (which wants the old address layout).
+# The index, the native engine and the checksums under ASan with UBSan, then under TSan (which wants the old address
+# layout).
+SANITIZED_INDEX := $(addprefix csrc/index/,test_index.cpp chains.cpp folders.cpp index.cpp log.cpp order.cpp) csrc/checksum/crc32c.cpp
 SANITIZED := csrc/io/test_engine.cpp csrc/io/engine.cpp csrc/io/ring.cpp csrc/io/slot.cpp csrc/checksum/crc32c.cpp
 CXX ?= g++
 
 sanitize:
-	@if ! echo '#include <liburing.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1; then \
-	  echo "sanitize: left out, as the native engine is: no liburing headers (apt install liburing-dev)"; exit 0; fi; \
-	mkdir -p build/sanitize; cd build/sanitize; \
+	@mkdir -p build/sanitize; cd build/sanitize; \
 	fixed=""; ! setarch -R true 2>/dev/null || fixed="setarch -R"; \
-	for kind in address,undefined thread; do \
-	  $(CXX) -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=$$kind -fno-sanitize-recover=all \
-	    -I../../csrc $(SANITIZED:%=../../%) -o test_engine-$${kind%%,*} -luring -pthread; \
-	  echo "sanitize: $$kind"; $$fixed ./test_engine-$${kind%%,*}; done
+	sanitized() { \
+	  for kind in address,undefined thread; do \
+	    $(CXX) -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=$$kind -fno-sanitize-recover=all \
+	      -I../../csrc $${@:2} -o $$1-$${kind%%,*} -pthread; \
+	    echo "sanitize: $$1, $$kind"; $$fixed ./$$1-$${kind%%,*}; done; }; \
+	sanitized test_index $(SANITIZED_INDEX:%=../../%); \
+	if echo '#include <liburing.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1; then \
+	  sanitized test_engine $(SANITIZED:%=../../%) -luring; \
+	else echo "sanitize: the native engine is left out, as it is from the build (apt install liburing-dev)"; fi
 
 clean:
 	rm -rf $(V) build dist

@@ -26,7 +26,7 @@ std::uint32_t Index::place_number(std::uint32_t folder, std::uint32_t extent) {
             found->second = free_places_.back();
             free_places_.pop_back();
         }
-        places_[found->second] = Place{folder, extent, 0, {}, NEVER};
+        places_[found->second] = Place{folder, extent, 0, {}, NEVER, NEVER, NONE};
     }
     return found->second;
 }
@@ -56,7 +56,10 @@ Numbers Index::expired(const Digest& space, std::size_t limit, std::size_t exami
             there.swept_slot = start;
             return found;
         }
-        if (start == 0) place.stored_from = NEVER;
+        if (start == 0) {
+            place.seen_by = number;
+            place.seen_from = NEVER;
+        }
         for (std::uint32_t slot = start; slot < place.slots.size(); ++slot) {
             const std::uint32_t n = place.slots[slot];
             if (n == NONE) continue;
@@ -67,8 +70,12 @@ Numbers Index::expired(const Digest& space, std::size_t limit, std::size_t exami
             }
             --examine;
             const Node& node = nodes_[n];
-            place.stored_from = std::min<std::uint64_t>(place.stored_from, node.seconds);
+            place.see(node.seconds);
             if (node.has(OWN) && node.space == number && expired(n)) found.push_back(n);
+        }
+        if (place.seen_by == number) {
+            place.stored_from = place.seen_from;
+            place.seen_by = NONE;
         }
     }
     there.swept_place = {0, 0};

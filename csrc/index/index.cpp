@@ -115,6 +115,7 @@ std::uint32_t Index::insert(const Page& page, bool oldest, Page* old, bool* repl
     if (page.slot >= place.slots.size()) place.slots.resize(page.slot + 1, NONE);
     place.slots[page.slot] = n;
     place.stored_from = std::min<std::uint64_t>(place.stored_from, node.seconds);
+    place.see(node.seconds);
     ++place.pages;
     ++resident_;
     ++spaces_[space]->pages;

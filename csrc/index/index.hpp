@@ -4,6 +4,7 @@
 // leaf goes next (order.hpp), what log records look like (log.cpp). Not thread-safe: the backend holds one lock.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -111,8 +112,13 @@ private:
         std::uint32_t extent;
         std::uint32_t pages = 0;
         Numbers slots;
-        // No page was stored before this second; without meaning while `expired` is amid the extent.
+        // No page was stored before this second.
         std::uint64_t stored_from = NEVER;
+        // The namespace that began last to look through the extent, and the same of what was seen or came since then.
+        std::uint64_t seen_from = NEVER;
+        std::uint32_t seen_by = NONE;
+
+        void see(std::uint64_t seconds) { seen_from = std::min(seen_from, seconds); }
     };
     static constexpr std::uint64_t NEVER = ~std::uint64_t{0}, SECOND = 1'000'000'000;
     struct DigestHash {

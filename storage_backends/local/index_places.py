@@ -17,13 +17,16 @@ class Places:
 
     def __init__(self) -> None:
         self._entries: dict[Place, dict[int, Entry]] = {}
-        #: No page of the extent was stored before this moment; without meaning while `expired` is amid the extent.
+        #: No page of the extent was stored before this moment.
         self._stored_from: dict[Place, int] = {}
+        #: The namespace that began last to look through the extent, and the same of what was seen or came since then.
+        self._seen_from: dict[Place, tuple[bytes, int]] = {}
 
     def add(self, entry: Entry) -> None:
         place = entry.page.folder, entry.page.extent
         self._entries.setdefault(place, {})[entry.page.slot] = entry
         self._stored_from[place] = min(self._stored_from.get(place, _NEVER), entry.page.time_ns)
+        self._see(place, entry)
 
     def discard(self, entry: Entry) -> None:
         place = entry.page.folder, entry.page.extent
@@ -31,6 +34,7 @@ class Places:
         del there[entry.page.slot]
         if not there:
             del self._entries[place], self._stored_from[place]
+            self._seen_from.pop(place, None)
 
     def at(self, folder: int, extent: int, slot: int) -> Entry | None:
         return self._entries.get((folder, extent), {}).get(slot)
@@ -62,7 +66,7 @@ class Places:
                 space.swept = place, start
                 return found
             if not start:
-                self._stored_from[place] = _NEVER
+                self._seen_from[place] = namespace, _NEVER
             there = self._entries[place]
             for slot in sorted(slot for slot in there if slot >= start):
                 if len(found) >= limit or not examine:
@@ -70,8 +74,17 @@ class Places:
                     return found
                 examine -= 1
                 entry = there[slot]
-                self._stored_from[place] = min(self._stored_from[place], entry.page.time_ns)
+                self._see(place, entry)
                 if entry.page.own and entry.page.namespace == namespace and space.is_expired(entry):
                     found.append(entry.told())
+            owner, since = self._seen_from.get(place, (b"", 0))
+            if owner == namespace:
+                self._stored_from[place] = since
+                del self._seen_from[place]
         space.swept = (0, 0), 0
         return found
+
+    def _see(self, place: Place, entry: Entry) -> None:
+        owner, since = self._seen_from.get(place, (b"", 0))
+        if owner:
+            self._seen_from[place] = owner, min(since, entry.page.time_ns)
