@@ -62,6 +62,13 @@ def native_parts() -> dict[str, str]:
         parts["checksums"] = "left out: built without a C++ compiler; the crc32c wheel is used"
         parts["native I/O engine"] = "left out: built without a C++ compiler"
     try:
+        from hicache_ext import _cuda
+
+        kernels = "in" if _cuda.kernels_built else "in, copy engines only: built without nvcc"
+        parts["CUDA block copies"] = kernels
+    except ImportError:
+        parts["CUDA block copies"] = "left out: built without a C++ compiler"
+    try:
         parts["liburing engine"] = f"in, liburing {version('liburing')} from PyPI"
     except PackageNotFoundError:
         parts["liburing engine"] = "left out: pip install 'hicache-ext[liburing]'"

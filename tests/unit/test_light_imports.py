@@ -19,6 +19,7 @@ CORE = (
     "storage_backends.object_backend",
     "storage_backends.local.backend",
     "hicache_ext.cli.main",
+    "hicache_ext.cuda",
     "hicache_ext.sglang.plugin",
 )
 

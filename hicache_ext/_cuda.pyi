@@ -1,0 +1,103 @@
+"""Types of the compiled block copies (csrc/cuda/module.cpp); the module may be absent at run time."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+kernels_built: bool
+
+class Unavailable(Exception): ...
+class Failed(Exception): ...
+
+class Device:
+    ordinal: int
+    name: str
+    driver: int
+    multiprocessors: int
+    capability: tuple[int, int]
+    no_kernels: str
+    batches: bool
+    def memory_kind(self, address: int, length: int) -> str: ...
+    def capturing(self, stream: int) -> bool: ...
+    def crc32c(
+        self,
+        addresses: NDArray[np.uint64],
+        lengths: NDArray[np.uint32],
+        out: NDArray[np.uint32],
+        stream: int,
+        blocks: int,
+    ) -> None: ...
+
+class Stage:
+    half_bytes: int
+
+class Events:
+    def __len__(self) -> int: ...
+    def reset(self) -> None: ...
+    def wait(self, stream: int, layer: int) -> None: ...
+    def done(self, layer: int) -> bool: ...
+    def synchronize(self, layer: int) -> None: ...
+
+class Route:
+    def copy(
+        self,
+        way: int,
+        to_b: bool,
+        a_pages: NDArray[np.int64],
+        b_pages: NDArray[np.int64],
+        stream: int,
+        blocks: int,
+        batch: bool,
+        stage: Stage | None,
+    ) -> None: ...
+    def copy_layers(
+        self,
+        way: int,
+        to_b: bool,
+        a_pages: NDArray[np.int64],
+        b_pages: NDArray[np.int64],
+        planes_of_layer: int,
+        stream: int,
+        blocks: int,
+        batch: bool,
+        events: Events,
+    ) -> None: ...
+
+def open(ordinal: int) -> Device: ...
+def stage(device: Device, half_bytes: int) -> Stage: ...
+def events(device: Device, count: int) -> Events: ...
+def route(
+    device: Device,
+    a_planes: NDArray[np.uint64],
+    b_planes: NDArray[np.uint64],
+    tokens: int,
+    heads: int,
+    run: int,
+    a_token: int,
+    a_head: int,
+    b_token: int,
+    b_head: int,
+    a_page: int,
+    a_count: int,
+    b_page: int,
+    b_count: int,
+    span_bytes: int,
+    span_starts: NDArray[np.uint64],
+    span_at: NDArray[np.uint64],
+    span_of: NDArray[np.uint32],
+) -> Route: ...
+def runs(
+    a_planes: NDArray[np.uint64],
+    b_planes: NDArray[np.uint64],
+    tokens: int,
+    heads: int,
+    run: int,
+    a_token: int,
+    a_head: int,
+    b_token: int,
+    b_head: int,
+    to_b: bool,
+    a_pages: NDArray[np.uint64],
+    b_pages: NDArray[np.uint64],
+    first: int,
+    planes: int,
+) -> list[tuple[int, int, int]]: ...
