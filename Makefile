@@ -24,12 +24,12 @@ SGLANG_WHEELS := $(SGLANG_VERSIONS:%=build/sglang/%/.unpacked)
 # SGLang compiles its page hash with the ninja of this environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: venv demo test test-fast lint bench fuzz sanitize sglang-wheels clean
+.PHONY: venv demo test test-gpu test-fast lint bench fuzz sanitize sglang-wheels clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: venv test-fast lint bench fuzz sanitize sglang-wheels clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: venv test-gpu test-fast lint bench fuzz sanitize sglang-wheels clean"
 
 # ---- environment: three steps, each redone only when what it installs has changed
 
@@ -74,6 +74,12 @@ demo: venv
 
 test: venv sglang-wheels
 	$(BIN)/python -m pytest -m "not gpu" --durations=15 $(ARGS)
+
+# On a machine with a GPU and torch with CUDA; in .venv torch is a CPU build, so name the interpreter: GPU_PYTHON.
+GPU_PYTHON ?= $(BIN)/python
+
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
 
 test-fast: venv
 	$(BIN)/python -m pytest -m "not gpu and not slow and not server and not sglang" -q $(ARGS)

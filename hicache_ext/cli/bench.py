@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typer
 
+from hicache_ext.cli.bench_copy import copy_command
 from hicache_ext.cli.bench_index import index_command
 from hicache_ext.cli.bench_io import io_command
 from hicache_ext.cli.bench_policy import policy_command
@@ -16,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command("io")(io_command)
 app.command("policy")(policy_command)
 app.command("index")(index_command)
+app.command("copy")(copy_command)
 
 
 @app.callback()
