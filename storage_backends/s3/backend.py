@@ -3,15 +3,14 @@
 Belongs here: which requests move pages, and what their answers mean. Does not belong here: the bytes of an object
 (object.py).
 
-An object's key is `prefix/version/namespace/key`, in hex. A read is one GET, into memory of obstore's and from there,
-once, into the page; a write is a HEAD, and then a PUT on condition that nobody was faster (If-None-Match), or without
-condition where HEAD found an object of another size. Large objects go up in parts, which become one object at the end
-or never.
+An object's key is `prefix/version/namespace/key`, in hex. A read is one GET, copied into the page as it arrives; a
+write is a HEAD, and then a PUT on condition that nobody was faster (If-None-Match), or without condition where HEAD
+found an object of another size. Large objects go up in parts, which become one object at the end or never.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +27,8 @@ from storage_backends.s3.options import S3Options
 _PARTS_AT_ONCE = 4
 _DELETE_AT_ONCE = 1000
 _RETRIES = 3
+#: What obstore gathers of an answer before it hands it over: it is copied from there into the page, and nowhere else.
+_CHUNK = 256 << 10
 
 
 class S3Backend(ObjectBackend):
@@ -80,17 +81,12 @@ class S3Backend(ObjectBackend):
                 if found.meta["size"] != group.form.size:
                     group.set_corrupt(page)
                     continue
-                data = memoryview(found.bytes())
-            if self._closing:
-                raise TooLate("closed")
-            if len(data) != group.form.size:
+                head = bytearray(group.form.head_bytes)
+                whole = self._fill([memoryview(head), *group.batch.buffers(page)], found.stream(_CHUNK))
+            if whole:
+                self.arrived(group, page, head)
+            else:
                 group.set_corrupt(page)
-                continue
-            at = group.form.head_bytes
-            for buffer in group.batch.buffers(page):
-                buffer[:] = data[at : at + len(buffer)]
-                at += len(buffer)
-            self.arrived(group, page, bytearray(data[: group.form.head_bytes]))
 
     def write_group(self, group: Group) -> None:
         for page in list(group.open):
@@ -117,6 +113,23 @@ class S3Backend(ObjectBackend):
     def close(self) -> None:
         super().close()
         self._heads.shutdown(wait=False, cancel_futures=True)
+
+    def _fill(self, buffers: Buffers, chunks: Iterable[Any]) -> bool:
+        """Copy what arrives into the buffers; whether it was exactly what they hold."""
+        left = [buffer for buffer in buffers if len(buffer)]
+        for chunk in chunks:
+            if self._closing:
+                raise TooLate("closed")
+            data = memoryview(chunk)
+            while len(data):
+                if not left:
+                    return False
+                taken = min(len(left[0]), len(data))
+                left[0][:taken] = data[:taken]
+                data, left[0] = data[taken:], left[0][taken:]
+                if not len(left[0]):
+                    left.pop(0)
+        return not left
 
     def _size(self, name: str) -> int:
         with _errors():
