@@ -11,7 +11,6 @@ computed came from the local tier.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -31,16 +30,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import hicache_ext
-from hicache_ext.cli import tiny_model
+from hicache_ext.cli import cpu_server, tiny_model
+from hicache_ext.cli.cpu_server import DEVICE_TOKENS, HOST_RATIO, PAGE_SIZE
 from hicache_ext.cli.serving import Answer, Server, ServerFailed, free_port
 from hicache_ext.cli.workload import LONGEST_PROMPT, TOKENS_PER_BLOCK, block_tokens, load_trace, prompt_tokens
 
 app = typer.Typer(add_completion=False)
 
-PAGE_SIZE = 16
-DEVICE_TOKENS = 8192
-# Together 24,576 tokens, less than the 34,560 different ones of the requests: memory alone could not hold them.
-HOST_RATIO = 2
+# Device and host together hold 24,576 tokens, less than the 34,560 different ones of the requests.
 NEW_TOKENS = 16
 START_LIMIT_S = 600  # imports from a cold disk on a small machine take minutes
 SETTLE_LIMIT_S = 10
@@ -138,33 +135,17 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
 def launch_line(settings: Settings, model: Path, config: Path, port: int) -> list[str]:
     """The command that starts the server: SGLang's own, on the CPU."""
     return [
-        *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
-        *("--host", "127.0.0.1", "--port", str(port), "--random-seed", "0", "--skip-server-warmup"),
-        *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-        *("--grammar-backend", "none", "--disable-overlap-schedule", "--dtype", "float32"),
-        *("--page-size", str(PAGE_SIZE), "--max-total-tokens", str(DEVICE_TOKENS), "--max-running-requests", "8"),
-        *("--context-length", "4096", "--mem-fraction-static", "0.3", "--enable-metrics"),
-        *("--enable-hierarchical-cache", "--hicache-ratio", str(HOST_RATIO), "--hicache-io-backend", "direct"),
-        *("--hicache-mem-layout", "page_first_direct", "--hicache-write-policy", "write_through"),
-        *("--hicache-storage-backend", str(settings.backend), "--hicache-storage-prefetch-policy", "wait_complete"),
+        *(sys.executable, "-m", "sglang.launch_server", *cpu_server.flags(model)),
+        *("--host", "127.0.0.1", "--port", str(port), "--skip-server-warmup", "--enable-metrics"),
+        *("--enable-hierarchical-cache", "--hicache-storage-backend", str(settings.backend)),
+        *("--hicache-storage-prefetch-policy", "wait_complete"),
         *("--hicache-storage-backend-extra-config", f"@{config}"),
         *settings.flags,
     ]
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    # SGLang compiles its page hash with ninja, which lies beside this interpreter.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    # Half of the cores compute; the rest is for the server's other processes and the storage threads.
-    threads = str(max(1, (os.cpu_count() or 2) // 2))
-    return {
-        "PATH": path,
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(settings.store),
-    }
+    return {**cpu_server.environment(), "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(settings.store)}
 
 
 def _empty(settings: Settings) -> None:
