@@ -198,7 +198,8 @@ class Course:
             if not reply.error
         )
         # Prompts that share a prefix and were under way together store it once: then less comes than is computed.
-        if not settle(self.engine, expected) and not shared:
+        arrived = settle(self.engine, expected, first=before == 0)
+        if not arrived and not shared:
             self.say(f"{self.subject}: not all that was computed reached the storage tier")
 
 

@@ -21,8 +21,9 @@ from hicache_ext.bench.serve_client import Body, Client, EngineError, Format, Pa
 
 _FLUSH_LIMIT_S = 120.0
 _QUIET_S = 8.0
+_FIRST_QUIET_S = 60.0
 _SETTLE_LIMIT_S = 120.0
-_POLL_S = 0.05
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,11 @@ def metric(text: str, name: str) -> float | None:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines) if lines else None
 
 
-def settle(engine: Engine, expected: float, pause_s: float = 1.0) -> bool:
+def settle(engine: Engine, expected: float, first: bool = False, pause_s: float = 1.0) -> bool:
     """Wait until the storage tier has `expected` tokens (of `stored_tokens`); whether it has.
 
-    Gives up when nothing has come for some seconds: a tier may refuse. Where the engine does not count, only pauses.
+    Gives up when nothing has come for some seconds: a tier may refuse. first: of the engine's life, for which SGLang
+    compiles its page hash. Where the engine does not count, this only pauses.
     """
     seen = engine.stored_tokens()
     if seen is None:
@@ -156,7 +158,7 @@ def settle(engine: Engine, expected: float, pause_s: float = 1.0) -> bool:
     begin = since = time.monotonic()
     while seen < expected:
         now = time.monotonic()
-        if now - since > _QUIET_S or now - begin > _SETTLE_LIMIT_S:
+        if now - since > (_FIRST_QUIET_S if first else _QUIET_S) or now - begin > _SETTLE_LIMIT_S:
             return False
         time.sleep(_POLL_S)
         last, seen = seen, engine.stored_tokens() or 0.0

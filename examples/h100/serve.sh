@@ -1,0 +1,47 @@
+#!/bin/bash
+# SGLang on one H100: our tier, SGLang's own `file` and no tier, the same prompts, one table (bench serve).
+#
+#     serve.sh RESULTS            everything: recompute, ours on the disk, ours in memory, stock-file
+#     serve.sh RESULTS quick      two short prompts and our tier alone: does it run here
+#
+# Llama-3.1-8B's shape with dummy weights, pages of 64 tokens (8 MiB). Between filling and reading the server is
+# restarted and the page cache dropped (as root). Needs SGLang with its HTTP server, and hicache-ext, in one environment;
+# 50 GB of disk under WORK. `ours-ram` keeps its pages under /dev/shm, which stands in for a fast array of disks: the
+# result says so.
+set -euo pipefail
+results=$(realpath -m "$1") matrix=${2:-all} work=${WORK:-/tmp/bench-serve} python=${PYTHON:-python3}
+mkdir -p "$results" "$work/model"
+
+cat > "$work/model/config.json" <<'J'
+{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": false, "bos_token_id": 128000,
+ "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+ "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": false,
+ "max_position_embeddings": 131072, "mlp_bias": false, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+ "torch_dtype": "bfloat16", "vocab_size": 128256}
+J
+
+# Device memory holds a little more than the longest prompt, so that pushing it out is cheap; the host three times that.
+flags="--model-path $work/model --load-format dummy --skip-tokenizer-init --random-seed 1 --dtype bfloat16
+ --attention-backend ${ATTENTION:-fa3} --sampling-backend pytorch --grammar-backend none --page-size 64
+ --max-total-tokens 69632 --context-length 67584 --mem-fraction-static 0.6 --chunked-prefill-size 8192
+ --max-running-requests 8 --enable-cache-report --disable-prefill-cuda-graph --disable-decode-cuda-graph
+ --hicache-ratio 3.2 --hicache-io-backend kernel --hicache-mem-layout page_first
+ --hicache-write-policy write_through --watchdog-timeout 900 ${FLAGS:-}"
+
+case $matrix in
+all)
+  subjects=(--subject recompute --subject ours "--subject=ours-ram=$work/ram.yaml" --subject stock-file)
+  lengths=(--length 8192 --length 32768 --length 65536) ;;
+quick)
+  subjects=(--subject ours) lengths=(--length 2048 --length 8192) ;;
+*) echo "no matrix is called $matrix: all, quick" >&2; exit 2 ;;
+esac
+cat > "$work/ram.yaml" <<Y
+tiers:
+  - {type: local, path: /dev/shm/hicache-bench-serve, capacity: 40GiB}
+Y
+
+$python -m hicache_ext.cli.main bench serve --launch "$flags" "${subjects[@]}" "${lengths[@]}" \
+  --tier none --tier device --tier host --tier local --requests "${REQUESTS:-1}" --new-tokens 8 --vocabulary 128000 \
+  --dir "$work" --capacity 40GiB --disk "${DISK:-4GiB}" --kv-bytes 131072 --time-limit "${LIMIT:-420}" \
+  --json "$results/serve-$matrix.json" --plot "$results/serve-$matrix.png" | tee "$results/serve-$matrix.txt"
