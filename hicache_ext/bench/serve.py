@@ -63,17 +63,18 @@ class Course:
     progress: Callable[[str], None] = lambda _: None
     expected: dict[Group, list[list[int]]] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
+    _filled: bool = False
 
-    def warm_up(self) -> None:
-        """What an engine's first requests do besides answering; after a restart the longer one comes from storage.
+    def warm_up(self, restarted: bool = False) -> None:
+        """What an engine's first requests do besides answering; `restarted`: they come from storage.
 
         Raises EngineError if they fail: nothing else would work either.
         """
         self.progress("warming up")
         lengths = {_SHORT_WARM_UP, min(group.prompt_tokens for group in self.plan.groups)} if self.plan.groups else ()
         for tokens in sorted(lengths or {_SHORT_WARM_UP}):
-            for _ in range(2):
-                if error := self._ask([self.plan.draw.warm(tokens)], 1)[0][0].error:
+            for again in (False, True):
+                if error := self._ask([self.plan.draw.warm(tokens)], 1, new=not (again or restarted))[0][0].error:
                     raise EngineError(error)
 
     def fill(self, then: Callable[[Group], None] = lambda _: None) -> None:
@@ -152,16 +153,17 @@ class Course:
 
     def _asked(self, group: Group, tier: Tier, prompts: list[list[int]]) -> tuple[list[Reply], float]:
         self.progress(f"{_named(group)} from {tier}")
-        replies, seconds = self._ask(prompts, group.concurrency)
+        replies, seconds = self._ask(prompts, group.concurrency, new=tier is Tier.NONE)
         self._check_alive(replies)
         return replies, seconds
 
-    def _ask(self, prompts: list[list[int]], concurrency: int) -> tuple[list[Reply], float]:
-        """Ask, and wait until the storage tier has what it is given: no later request shares the disk with it."""
+    def _ask(self, prompts: list[list[int]], concurrency: int, new: bool) -> tuple[list[Reply], float]:
+        """Ask; what is new is waited for until the storage tier has it: no later request shares the disk with it."""
         bodies = [self.engine.body(prompt, self.plan.new_tokens) for prompt in prompts]
         before = self._stored()
         replies, seconds = self.engine.client.closed_loop(bodies, self.engine, concurrency)
-        self._settle(before, replies)
+        if new:
+            self._settle(before, replies)
         return replies, seconds
 
     def _keep(self, group: Group, tier: Tier, found: _Pass, expected: list[list[int]] | None) -> None:
@@ -176,7 +178,8 @@ class Course:
             return False
         self.progress("filling device memory with other prompts")
         for number, tokens in enumerate(fillers(self.facts.device_tokens, self.facts.longest)):
-            self._ask([self.plan.draw.filler(number, tokens)], 1)
+            self._ask([self.plan.draw.filler(number, tokens)], 1, new=not self._filled)
+        self._filled = True
         return True
 
     def _check_alive(self, replies: Sequence[Reply]) -> None:

@@ -14,11 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _BLOCK = 2 << 20
-_THREADS = 16
+_THREADS = 32
+_PASSES = 2
 
 
 def read_gb_per_s(folder: Path, size: int) -> float:
-    """10^9 bytes of a new file a second, read by O_DIRECT, 2 MiB at a time by 16 threads. OSError where it cannot."""
+    """10^9 bytes of a new file a second, read by O_DIRECT, 2 MiB at a time by 32 threads: the better of two passes.
+
+    OSError where it cannot.
+    """
     size = max(size // (_BLOCK * _THREADS), 1) * _BLOCK * _THREADS
     handle, name = tempfile.mkstemp(prefix="hicache-bench-disk-", dir=folder)
     os.close(handle)
@@ -31,9 +35,12 @@ def read_gb_per_s(folder: Path, size: int) -> float:
                 buffer[:] = os.urandom(1 << 16) * (_BLOCK >> 16)
             _pass(file, buffers, size, os.pwritev)
             os.fsync(file)
-            begin = time.perf_counter()
-            _pass(file, buffers, size, os.preadv)
-            return round(size / (time.perf_counter() - begin) / 1e9, 3)
+            best = 0.0
+            for _ in range(_PASSES):
+                begin = time.perf_counter()
+                _pass(file, buffers, size, os.preadv)
+                best = max(best, size / (time.perf_counter() - begin) / 1e9)
+            return round(best, 3)
         finally:
             os.close(file)
     finally:

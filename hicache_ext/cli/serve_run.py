@@ -108,7 +108,7 @@ def of_url(
             raise EngineError(f"{name}: nothing to read. Fix: ask for --tier local of an engine with a storage backend")
         course.expected = read_from.expected
         talk.report.other_rows += read_from.rows
-        course.warm_up()
+        course.warm_up(restarted=True)
         found = tier
         _measured(course, talk.report, lambda: course.read(found))
     elif trace is not None:
@@ -190,7 +190,7 @@ def _one(each: Launched, plan: Plan, trace: Trace | None, talk: Talk, disk_bytes
         if problem := drop_page_cache():
             talk.say(f"{name}: {problem}")
         course.engine, course.facts = each.start(progress)
-        course.warm_up()
+        course.warm_up(restarted=True)
 
     course.warm_up()
     if trace is not None:
