@@ -1,15 +1,15 @@
 #!/bin/bash
-# SGLang on one H100: our tier, SGLang's own `file` and no tier, the same prompts, one table (bench serve).
+# SGLang on one H100 over HTTP, the same prompts for each subject, one table (`hicache-ext bench serve`).
 #
-#     serve.sh RESULTS            everything: recompute, ours on the disk, ours in memory, stock-file
-#     serve.sh RESULTS quick      two short prompts and our tier alone: does it run here
+#     serve.sh RESULTS disk     recompute, our tier on the disk, SGLang's own `file`: about 8 minutes
+#     serve.sh RESULTS ram      recompute, our tier under /dev/shm: about 4 minutes
+#     serve.sh RESULTS quick    two short prompts and our tier alone: does it run here
 #
 # Llama-3.1-8B's shape with dummy weights, pages of 64 tokens (8 MiB). Between filling and reading the server is
-# restarted and the page cache dropped (as root). Needs SGLang with its HTTP server, and hicache-ext, in one environment;
-# 50 GB of disk under WORK. `ours-ram` keeps its pages under /dev/shm, which stands in for a fast array of disks: the
-# result says so.
+# restarted and the page cache dropped (as root). Needs SGLang with its HTTP server and hicache-ext in one environment,
+# and 50 GB of disk under WORK. Memory under /dev/shm stands in for a fast array of disks: the result says so.
 set -euo pipefail
-results=$(realpath -m "$1") matrix=${2:-all} work=${WORK:-/tmp/bench-serve} python=${PYTHON:-python3}
+results=$(realpath -m "$1") matrix=${2:-disk} work=${WORK:-/tmp/bench-serve} python=${PYTHON:-python3}
 mkdir -p "$results" "$work/model"
 
 cat > "$work/model/config.json" <<'J'
@@ -28,13 +28,12 @@ flags="--model-path $work/model --load-format dummy --skip-tokenizer-init --rand
  --hicache-ratio 3.2 --hicache-io-backend kernel --hicache-mem-layout page_first
  --hicache-write-policy write_through --watchdog-timeout 900 ${FLAGS:-}"
 
+lengths=(--length 8192 --length 32768 --length 65536)
 case $matrix in
-all)
-  subjects=(--subject recompute --subject ours "--subject=ours-ram=$work/ram.yaml" --subject stock-file)
-  lengths=(--length 8192 --length 32768 --length 65536) ;;
-quick)
-  subjects=(--subject ours) lengths=(--length 2048 --length 8192) ;;
-*) echo "no matrix is called $matrix: all, quick" >&2; exit 2 ;;
+disk) subjects=(--subject recompute --subject ours --subject stock-file) ;;
+ram) subjects=(--subject recompute "--subject=ours-ram=$work/ram.yaml") ;;
+quick) subjects=(--subject ours) lengths=(--length 2048 --length 8192) ;;
+*) echo "no matrix is called $matrix: disk, ram, quick" >&2; exit 2 ;;
 esac
 cat > "$work/ram.yaml" <<Y
 tiers:
@@ -43,5 +42,5 @@ Y
 
 $python -m hicache_ext.cli.main bench serve --launch "$flags" "${subjects[@]}" "${lengths[@]}" \
   --tier none --tier device --tier host --tier local --requests "${REQUESTS:-1}" --new-tokens 8 --vocabulary 128000 \
-  --dir "$work" --capacity 40GiB --disk "${DISK:-4GiB}" --kv-bytes 131072 --time-limit "${LIMIT:-420}" \
+  --dir "$work" --capacity 40GiB --disk "${DISK:-4GiB}" --kv-bytes 131072 --time-limit "${LIMIT:-470}" \
   --json "$results/serve-$matrix.json" --plot "$results/serve-$matrix.png" | tee "$results/serve-$matrix.txt"

@@ -17,9 +17,11 @@ _PACKAGES = ("hicache-ext", "sglang", "torch", "numpy", "liburing", "crc32c")
 
 def facts(folder: Path) -> dict[str, str | int | float]:
     """This machine, and the file system that holds `folder`."""
+    cards = [_after(path, "Model") for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
     return {
         "cpu": _after(Path("/proc/cpuinfo"), "model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
+        **({"gpus": ", ".join(cards)} if cards else {}),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
         "file_system": file_system(folder),
