@@ -96,6 +96,9 @@ class Course:
             if Tier.HOST in self.plan.tiers and self._push_out():
                 self._keep(group, Tier.HOST, self._all(group, Tier.HOST), expected)
             then(group)
+        outputs = [output for group in self.expected.values() for output in group]
+        if len(outputs) > 1 and all(output == outputs[0] for output in outputs):
+            self.say(f"{self.subject}: all prompts have the same output, so that `identical` says little of this model")
 
     def read(self, tier: Tier, only: Group | None = None) -> None:
         """Ask for the groups that have been filled, whose pages now lie in a storage tier alone."""

@@ -52,6 +52,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     axes[0][0].set(ylabel="time to first token, ms")
+    low, high = axes[0][0].get_ylim()
+    steps = [digit * 10**power for power in range(-1, 7) for digit in (1, 2, 5)]
+    shown = [step for step in steps if low <= step <= high]
+    axes[0][0].set_yticks(shown, [f"{step:,g}" for step in shown])
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     figure.suptitle(title)
