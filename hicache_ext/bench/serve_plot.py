@@ -5,11 +5,18 @@ Belongs here: drawing. Does not belong here: what is drawn (hicache_ext.bench.se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _STYLES = {"none": ":", "device": "-.", "host": "--", "local": "-", "remote": (0, (5, 1, 1, 1, 1, 1))}
+
+
+def title_of(subjects: Mapping[str, Mapping[str, Any]]) -> str:
+    """The subjects of a result, and which of them store in memory."""
+    return ", ".join(
+        f"{name} (pages in memory)" if about.get("ram_backed") else name for name, about in subjects.items()
+    )
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -58,6 +65,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     axes[0][0].set_yticks(shown, [f"{step:,g}" for step in shown])
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
-    figure.suptitle(title)
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize="medium")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -166,7 +166,7 @@ def serve_command(
         line(f"written: {json_file}")
     if plot_file is not None and values["rows"]:
         plot_file.parent.mkdir(parents=True, exist_ok=True)
-        serve_plot.plot(values["rows"], plot_file, ", ".join(values["subjects"]))
+        serve_plot.plot(values["rows"], plot_file, serve_plot.title_of(values["subjects"]))
         line(f"drawn: {plot_file}")
     if phase is Phase.fill:
         line(f"filled. Now restart the engine, drop the page cache, and run --phase read --state {state_file}")
