@@ -73,7 +73,8 @@ class Wire:
             sock.settimeout(None)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        self._buffer = memoryview(bytearray(_LINE))
+        self._raw = bytearray(_LINE)
+        self._buffer = memoryview(self._raw)
         self._at = self._end = 0
         self._tail = memoryview(bytearray(2))
         self.idle = False
@@ -147,15 +148,15 @@ class Wire:
     def _read_line(self, deadline: float) -> bytes:
         seen = self._at
         while True:
-            found = bytes(self._buffer[seen : self._end]).find(b"\n")
+            found = self._raw.find(b"\n", seen, self._end)
             if found >= 0:
-                line = bytes(self._buffer[self._at : seen + found + 1])
-                self._at = seen + found + 1
+                line = bytes(self._buffer[self._at : found + 1])
+                self._at = found + 1
                 if line[-2:] != b"\r\n":
                     raise WireError("a line without an end")
                 return line[:-2]
             if self._at:
-                kept = bytes(self._buffer[self._at : self._end])
+                kept = self._raw[self._at : self._end]
                 self._buffer[: len(kept)] = kept
                 self._at, self._end = 0, len(kept)
             if self._end == _LINE:
