@@ -7,6 +7,7 @@ bytes of an object (object.py), or one store's client.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from abc import abstractmethod
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 _COUNTS = (
     "stored", "present", "corrupt", "rejected", "removed", "refused", "errors", "bytes_read", "bytes_written",
 )  # fmt: skip
-_KINDS = 100
+_KINDS, _KIND_LETTERS = 100, 40
 
 
 class ObjectOptions(BackendOptions):
@@ -310,7 +311,8 @@ class ObjectBackend(Backend):
         except (Unreachable, TooLate) as error:
             self.count("errors")
             if self._backoff.bad(str(error)) and not self._closing:
-                self._once(str(error), "%s: the server is away (%s); it is tried again", type(self).__name__, error)
+                kind = re.sub(r"\d", "", str(error))[:_KIND_LETTERS]  # names and durations do not make another kind
+                self._once(kind, "%s: the server is away (%s); it is tried again", type(self).__name__, error)
             return Outcome.TIMEOUT if isinstance(error, TooLate) else Outcome.FAILED
         except Exception as error:  # whatever a client raises costs these pages only
             self.count("errors")

@@ -270,4 +270,14 @@ def test_close_under_load_is_short_and_leaves_nothing_open(backend: Backend) -> 
 def test_capabilities_and_stats_are_told(backend: Backend) -> None:
     assert backend.capabilities.medium in {"CPU", "DISK", "EXTERNAL"}
     assert isinstance(backend.stats()["pages"], int)
-    assert isinstance(backend.lookup_local(key_batch(namespace(), chain("a", 1))), np.ndarray)
+
+
+def test_what_is_known_without_asking_is_no_more_than_what_is_there(backend: Backend) -> None:
+    space, keys = namespace(), chain("a", 6)
+    assert not backend.lookup_local(key_batch(space, keys)).any()
+    store(backend, HostPool(space, 6), keys[:4])
+    assert backend.lookup_local(key_batch(space, keys)).tolist() == [1, 1, 1, 1, 0, 0]
+    backend.remove(key_batch(space, keys[:1]))
+    assert backend.lookup_local(key_batch(space, keys)).tolist() == [0, 1, 1, 1, 0, 0]
+    backend.clear([space])
+    assert not backend.lookup_local(key_batch(space, keys)).any()

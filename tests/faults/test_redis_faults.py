@@ -159,6 +159,20 @@ def test_connections_that_died_unused_cost_nothing(tier: Open, server: RedisServ
     assert store(backend, chain("b", 32)) == HITS
 
 
+def test_a_server_that_comes_and_goes_is_said_once(
+    tier: Open, server: RedisServer, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = tier(proxy.port)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            recovers(backend)
+            proxy.cut_after = 0
+            served(backend)
+            proxy.cut_after = -1
+    assert 1 <= sum("is away" in record.message for record in caplog.records) <= 2
+    assert int(backend.stats()["errors"]) >= 4
+
+
 # ---- servers that lie
 
 
