@@ -4,7 +4,7 @@ Belongs here: the kernel's side of the protocol (include/uapi/linux/fuse.h), fil
 (storage_backends.local.inject has the plan's rules), and the record of what was written. Does not belong here: what a
 tier makes of it.
 
-    python -m tests.fuse MOUNTPOINT PLAN RECORD      until its stdin ends
+    python -m tests.fuse MOUNTPOINT PLAN RECORD [synchronous]      until its stdin ends
 
 Faults hit reads and writes of extents (`*.ext`), past the extent's header; everything else works. Requests are answered
 late and out of order, as a device with a queue does: what comes while others are open is taken in first. All I/O is
@@ -79,13 +79,17 @@ def events(record: Path) -> list[Event]:
 
 
 @contextlib.contextmanager
-def fuse_disk(directory: Path) -> Iterator[Disk]:
-    """Mounted at directory/disk. Skips the test where this user cannot mount."""
+def fuse_disk(directory: Path, synchronous: bool = False) -> Iterator[Disk]:
+    """Mounted at directory/disk. Skips the test where this user cannot mount.
+
+    synchronous: the kernel sends a transfer's requests one after the other, and says when a device took only a part.
+    """
     mountpoint = directory / "disk"
     mountpoint.mkdir()
     disk = Disk(mountpoint, directory / "faults.json", directory / "record")
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.fuse", str(mountpoint), str(disk.plan), str(disk.record)],
+        [sys.executable, "-m", "tests.fuse", str(mountpoint), str(disk.plan), str(disk.record),
+         *["synchronous"] * synchronous],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     assert server.stdin is not None
@@ -132,8 +136,8 @@ class _Refused(Exception):
 
 
 class Server:
-    def __init__(self, fd: int, plan: FaultPlan, record: Path) -> None:
-        self.fd, self.plan = fd, plan
+    def __init__(self, fd: int, plan: FaultPlan, record: Path, synchronous: bool) -> None:
+        self.fd, self.plan, self._synchronous = fd, plan, synchronous
         self._record = open(record, "wb", buffering=0)  # noqa: SIM115 - for the life of the process
         self._chance = random.Random(1)
         self._numbers = count(1)
@@ -197,7 +201,7 @@ class Server:
     def _init(self, node: _Node, data: bytes, unique: int) -> bytes:
         major, _, readahead, offered = struct.unpack_from("<IIII", data)
         # Asynchronous reads and direct I/O (in which the kernel makes a short write an EIO), big requests.
-        wanted = (1 << 0 | 1 << 5 | 1 << 15 | 1 << 18 | 1 << 22) & offered
+        wanted = (1 << 0 | 1 << 5 | (not self._synchronous) << 15 | 1 << 18 | 1 << 22) & offered
         return struct.pack(
             "<IIIIHHIIHHI7I", major, 31, readahead, wanted, 64, 48, _MAX_WRITE, 1, _MAX_WRITE // 4096, 0, 0, *[0] * 7
         )
@@ -360,7 +364,7 @@ def _half(size: int) -> int:
     return size // 2 // 512 * 512
 
 
-def main(mountpoint: str, plan: str, record: str) -> None:
+def main(mountpoint: str, plan: str, record: str, mode: str = "") -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
@@ -373,7 +377,7 @@ def main(mountpoint: str, plan: str, record: str) -> None:
         return
     print("mounted", flush=True)
     try:
-        Server(fd, FaultPlan.from_file(plan), Path(record)).run()
+        Server(fd, FaultPlan.from_file(plan), Path(record), mode == "synchronous").run()
     finally:
         libc.umount2(mountpoint.encode(), _MNT_FORCE_DETACH)
 

@@ -22,6 +22,8 @@ constexpr std::uint64_t kPieceBytes = std::uint64_t{1} << 30;
 /// page costs less CPU than the look-up of its memory does; devices count requests too.
 constexpr std::uint64_t kFixedBytes = 256 << 10;
 constexpr std::uint32_t kIovMax = 1024;
+/// Repeats of a request that moves nothing, after which its error is the page's: a device may say EAGAIN for ever.
+constexpr unsigned kStalls = 16;
 constexpr std::uint64_t kSector = 512;  // O_DIRECT moves whole sectors except at the end of a file
 
 [[noreturn]] void unavailable(int error) {
@@ -169,6 +171,7 @@ void Ring::cut(const Page& page, Flight& flight) {
             last->first = i;
             last->buffer = buffer;
             last->async = false;
+            last->stalls = 0;
         }
         last->count = i + 1 - last->first;
         last->length += length;
@@ -290,7 +293,8 @@ void Ring::collect() {
 void Ring::completed(unsigned number, unsigned index, int result) {
     Flight& flight = flights_[number];
     Piece& piece = flight.piece[index];
-    if (result == -EINTR || result == -EAGAIN) {
+    if ((result == -EINTR || result == -EAGAIN) && piece.stalls < kStalls) {
+        ++piece.stalls;
         // The kernel's own worker may block where the submission may not.
         piece.async = piece.async || result == -EAGAIN;
         return prepare(number, index);
@@ -299,6 +303,7 @@ void Ring::completed(unsigned number, unsigned index, int result) {
         result = 0;  // O_DIRECT read the file's tail, and what comes after it is not aligned
     if (result > 0) {
         piece.moved += static_cast<unsigned>(result);
+        piece.stalls = 0;
         if (piece.moved < piece.length) return prepare(number, index);
     }
     piece.result = result < 0 ? result : static_cast<std::int64_t>(piece.moved);

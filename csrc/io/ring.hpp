@@ -52,6 +52,7 @@ private:
         std::uint32_t count = 0;
         int buffer = -1;  // index of the registered memory, or -1
         bool async = false;
+        unsigned stalls = 0;  // completions in a row that moved nothing and asked for a repeat
         std::int64_t result = 0;
         std::vector<iovec> rest;  // what a short transfer left
     };

@@ -68,7 +68,8 @@ class EngineUnavailable(RuntimeError):
 
 
 class IoEngine(ABC):
-    """Moves bytes. Short transfers are continued, EINTR and EAGAIN repeated; what is left is an error or the end.
+    """Moves bytes. Short transfers are continued, EINTR and EAGAIN repeated, though not for ever; what is left is an
+    error or the end.
 
     option_names: keyword arguments of the constructor. depth: transfers in flight at a time. passed_over: the engines
     that would have been preferred, and why each cannot work here.

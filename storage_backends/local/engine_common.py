@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 #: The kernel takes at most this many buffers in one call.
 IOV_MAX = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 1024
 
+#: Repeats of a call that moves nothing, after which its error is the transfer's: a device may say EAGAIN for ever.
+STALLS = 16
+
 #: O_DIRECT moves whole sectors except at the end of a file.
 _SECTOR = 512
 
@@ -130,13 +133,14 @@ def rest_of(iov: np.ndarray, moved: int) -> np.ndarray:
     return rest
 
 
-def outcome(result: int, moved: int, length: int, write: bool) -> int | None:
+def outcome(result: int, moved: int, length: int, write: bool, stalls: int = 0) -> int | None:
     """What a transfer's `done` gets after a call gave `result` (bytes or -errno); None: go on.
 
-    moved: bytes of the transfer before this call. length: bytes of the whole transfer.
+    moved: bytes of the transfer before this call. length: bytes of the whole transfer. stalls: calls in a row before
+    this one that moved nothing.
     """
     if result in (-errno.EINTR, -errno.EAGAIN):
-        return None
+        return None if stalls < STALLS else result
     if result == -errno.EINVAL and not write and moved % _SECTOR:
         return moved  # O_DIRECT read the file's tail, and what comes after it is not aligned
     if result < 0:

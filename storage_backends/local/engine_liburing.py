@@ -50,6 +50,7 @@ class _Flight:
     moved: int
     iov: np.ndarray
     flags: int = 0
+    stalls: int = 0
 
 
 class LiburingEngine(CountedEngine):
@@ -158,12 +159,13 @@ class LiburingEngine(CountedEngine):
     def _landed(self, number: int, result: int) -> None:
         flight = self._flying.pop(number)
         transfer = flight.transfer
-        ended = outcome(result, flight.moved, flight.length, transfer.write)
+        ended = outcome(result, flight.moved, flight.length, transfer.write, flight.stalls)
         if ended is not None:
             self._ended.put((transfer, ended))
             return
         if result == -errno.EAGAIN:
             flight.flags = SQE_ASYNC  # the kernel's own worker may block where the submission may not
         flight.moved += max(result, 0)
+        flight.stalls = 0 if result > 0 else flight.stalls + 1
         flight.iov = rest_of(transfer.iov, flight.moved)
         self._again.append(flight)

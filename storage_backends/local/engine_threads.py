@@ -70,16 +70,17 @@ class ThreadsEngine(CountedEngine):
             self._finish(transfer, -errno.ECANCELED if cancelled else self._move(transfer))
 
     def _move(self, transfer: Transfer) -> int:
-        call, length, moved = self._calls[transfer.write], transfer.length, 0
+        call, length, moved, stalls = self._calls[transfer.write], transfer.length, 0, 0
         while moved < length:
             rest = rest_of(transfer.iov, moved)
             result = call(transfer.fd, rest.ctypes.data, min(len(rest), IOV_MAX), transfer.offset + moved)
             if result < 0:
                 result = -ctypes.get_errno()
-            ended = outcome(result, moved, length, transfer.write)
+            ended = outcome(result, moved, length, transfer.write, stalls)
             if ended is not None:
                 return ended
             if result == -errno.EAGAIN:
                 time.sleep(_PAUSE)
             moved += max(result, 0)
+            stalls = 0 if result > 0 else stalls + 1
         return moved

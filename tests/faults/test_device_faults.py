@@ -261,6 +261,30 @@ def test_a_write_that_the_kernel_takes_only_in_part(tmp_path: Path, engine: str)
         assert served(backend, keys) == [Outcome.HIT] * 12
 
 
+@pytest.mark.parametrize("engine", ["native", "liburing", "threads"])
+@pytest.mark.parametrize("fault", [{"fault": "errno", "errno": "EAGAIN"}, {"fault": "short"}], ids=["EAGAIN", "short"])
+def test_a_device_that_never_gets_on(tmp_path: Path, engine: str, fault: dict[str, str]) -> None:
+    """It asks for repeats, or takes a part and io_uring makes a repeat of that: not for ever."""
+    keys = chain("a", 4)
+    with fuse_disk(tmp_path, synchronous=True) as disk, local_tiers(disk.path / "tier", engine) as open_one:
+        try:
+            backend = scanned(open_one())
+        except OptionError as error:
+            pytest.skip(str(error))
+        disk.plan.write_text(json.dumps({"write": [fault]}))
+        taken = store(backend, keys)
+        # Halves of halves are the whole in the end, for an engine that hears of each.
+        assert fault["fault"] == "short" or taken == [Outcome.FAILED] * 4
+        disk.plan.write_text("{}   ")
+        there = [Outcome.HIT if known == Outcome.HIT else Outcome.MISS for known in taken]
+        assert served(backend, keys) == there
+        assert store(backend, keys) == [Outcome.HIT] * 4
+        disk.plan.write_text(json.dumps({"read": [{"fault": "errno", "errno": "EAGAIN"}]}))
+        assert served(backend, keys) == [Outcome.FAILED] * 4
+        disk.plan.write_text("{} ")
+        assert served(backend, keys) == [Outcome.HIT] * 4
+
+
 @pytest.mark.slow
 def test_a_page_that_is_written_after_the_close_is_known_to_the_next(parts: tuple[Open, Faults]) -> None:
     """Close gave up waiting; the device takes the page after all, and it is acknowledged: the log must say so too."""

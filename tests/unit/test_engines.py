@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from storage_backends.buffers import OwnedMemory
 from storage_backends.local.engine import EngineUnavailable, IoEngine, Transfer
-from storage_backends.local.engine_common import outcome, rest_of
+from storage_backends.local.engine_common import STALLS, outcome, rest_of
 from storage_backends.local.engine_liburing import LiburingEngine
 from storage_backends.local.engine_threads import ThreadsEngine
 
@@ -377,3 +377,10 @@ def test_rest_of(moved: int, expected: list[tuple[int, int]]) -> None:
 )
 def test_outcome(result: int, moved: int, write: bool, expected: int | None) -> None:
     assert outcome(result, moved, 8192, write) == expected
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EINTR])
+def test_what_moves_nothing_is_not_repeated_for_ever(number: int) -> None:
+    assert outcome(-number, 0, 8192, True, STALLS - 1) is None
+    assert outcome(-number, 0, 8192, True, STALLS) == -number
+    assert outcome(4096, 0, 8192, True, STALLS) is None, "this call did move something"
