@@ -35,6 +35,8 @@ _FORMAT = "FORMAT"
 _REFRESH_SECONDS = 0.002
 #: Evicting or refusing makes a writer one that wants more, for this long.
 _WANTING_SECONDS = 10.0
+#: Folders of others are not looked through again for room for this long, when they left none.
+_CROWDED_SECONDS = 0.2
 #: The largest extent that a write makes itself: quick on a disk that is well.
 _IN_A_WRITE = 64 << 20
 
@@ -74,7 +76,7 @@ class Directory:
         self.folders: dict[int, Folder] = {}
         self.writer: Writer | None = None
         self.share = capacity
-        self.wanted_at = -math.inf
+        self.wanted_at = self._crowded_until = -math.inf
         self.slow_from = math.inf
         self.short: dict[bytes, tuple[Namespace, SlotShape]] = {}
         self.wake = threading.Event()
@@ -195,10 +197,12 @@ class Directory:
         """Writer.plan within this writer's part and within what is free in fact: others may not have shrunk yet."""
         writer = self.writer
         assert writer is not None
-        share = self.share
-        if share - writer.disk_bytes >= BLOCK + shape.slot_bytes:
-            others = sum(folder.disk_bytes() for folder in self.folders.values())
-            share = min(share, self.capacity - others)
+        least = BLOCK + shape.slot_bytes
+        if self.share - writer.disk_bytes < least or time.monotonic() < self._crowded_until:
+            return None
+        share = min(self.share, self.capacity - sum(folder.disk_bytes() for folder in self.folders.values()))
+        if share - writer.disk_bytes < least:
+            self._crowded_until = time.monotonic() + _CROWDED_SECONDS
         return writer.plan(namespace, shape, share, most)
 
     def grow(self, namespace: Namespace, shape: SlotShape) -> bool:

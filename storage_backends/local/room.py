@@ -4,7 +4,8 @@ Belongs here: the order of the means, whether a page is worth one, and what no p
 slots and extents come and go (writer.py), which page goes first (policy/), or moving bytes (writes.py).
 
 The means, in order: a free slot, a new extent, an extent of a colder namespace that has more, own pages, an extent of
-the coldest other namespace, an extent of a folder without a writer. From the third on something goes that may be
+the coldest other namespace, an extent of a folder without a writer. Extents of others are taken over as they are; most
+are there before they are needed (supply.py). From the third on something goes that may be
 asked for again, so a page must be worth it (admission) and of use: its parent must be here to stay, since an engine
 uses a page only with all its ancestors, and none of its ancestors may go for it.
 """

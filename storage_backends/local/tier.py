@@ -2,6 +2,26 @@
 
 Belongs here: what both reads and writes need to know or to say. Does not belong here: the order of steps of either
 (reads.py, writes.py), or opening and closing (backend.py).
+
+What is counted (`stats`), pages unless said otherwise:
+
+    stored               written and published
+    evicted              our pages that made room for pages of their own namespace
+    reclaimed            our pages that went with an extent for another namespace or writer, or below such pages
+    expired              our pages past their time to live
+    removed, cleared     because somebody asked for it (`remove`, `clear`)
+    corrupt              that failed verification; their slots are erased
+    io_error             that could not be read twice
+    lost                 whose extent was not there
+    lost_race            of another writer, which had reused the slot
+    rejected_second_hit, rejected_write_budget   not worth a write, by the tier's `admission`
+    rejected_no_room     nothing could go for them
+    rejected_unreachable whose parent was rejected
+    rejected_pinned_full of a pinned namespace that fills its room
+    rejected_cleared     whose namespace was cleared while they were being written
+    io_errors            reads and writes that failed, of pages or for want of an extent
+    pages_direct, pages_bounced   moved straight from or to the caller's memory, or through a buffer of ours
+    recovered_by_scan    that the header scan brought back
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from storage_backends.base import Outcome
 from storage_backends.local import LocalBackend
+from storage_backends.local import tier as tier_module
 from storage_backends.local.index_choice import VARIABLE
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.tiers import Open, local_tiers
@@ -141,6 +142,18 @@ def test_whatever_is_written_no_pinned_page_goes(index: str, tmp_path: Path, ste
             assert found(backend, PINNED, sorted(kept)) == len(kept)
             assert sum(file.stat().st_size for file in place.glob("w*/e*")) <= 16 * MIB
     shutil.rmtree(place)
+
+
+def test_every_count_is_explained(tier: Open) -> None:
+    """Of what a tier counts under pressure, with rules; tier.py is where people look."""
+    backend = tier(capacity=16 * MIB, namespaces=PIN, admission="second_hit", ttl="24h")
+    fill(backend)
+    backend.remove(key_batch(PINNED, chain("keep0", 2)))
+    backend.clear([PINNED])
+    served(backend, LOOSE, chain("other11", 4))
+    explained = set(str(tier_module.__doc__).replace(",", " ").split())
+    assert {"stored", "removed", "cleared", "rejected_second_hit"} <= set(backend._tier.counts)
+    assert set(backend._tier.counts) <= explained
 
 
 # --- time to live
