@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from storage_backends.format import VERSION
-from storage_backends.local.survey import NamespaceSummary, NotATier, Problem, Survey, summarise, survey
+from storage_backends.local.survey import FolderSurvey, NamespaceSummary, NotATier, Problem, Survey, summarise, survey
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -29,7 +29,9 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 @app.command()
 def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The `path` of a local tier.", show_default=False)],
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="The `path` of a local tier, all of several.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Show what the directory of a local tier holds: namespaces, writers, pages, bytes, ages, chains.
@@ -43,21 +45,35 @@ def inspect(
     Ends with code 0, or 2 where DIR is no local tier of this version.
     """
     try:
-        found = survey(directory)
+        found = together([survey(directory) for directory in directories])
     except NotATier as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     namespaces = summarise(found)
     if as_json:
-        typer.echo(json.dumps(_as_dict(found, namespaces), indent=1))
+        typer.echo(json.dumps(_as_dict(directories, found, namespaces), indent=1))
         return
     out = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
-    out.print(_folders(found))
+    out.print(_folders(directories, found))
     for namespace in namespaces:
         out.print(_namespace(namespace))
     if not namespaces:
         out.print("No extents yet: nothing has been stored here.")
     print_problems(out, found.problems)
+
+
+def together(disks: list[Survey]) -> Survey:
+    """What the disks of one tier hold: a chain may span them."""
+    found = Survey(disks[0].path)
+    for disk in disks:
+        found.folders += disk.folders
+        found.problems += disk.problems
+    return found
+
+
+def _name(directories: list[Path], folder: FolderSurvey) -> str:
+    """Of a folder: where there are several disks, with its path."""
+    return folder.path.name if len(directories) == 1 else str(folder.path)
 
 
 def print_problems(out: Console, problems: list[Problem]) -> None:
@@ -88,9 +104,10 @@ def age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _folders(found: Survey) -> Table:
+def _folders(directories: list[Path], found: Survey) -> Table:
+    names = ", ".join(map(str, directories))
     table = Table(
-        title=f"{found.path}: local tier, format {VERSION}", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1)
+        title=f"{names}: local tier, format {VERSION}", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1)
     )
     for column in ("folder", "writer"):
         table.add_column(column, no_wrap=True)
@@ -98,7 +115,7 @@ def _folders(found: Survey) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for folder in found.folders:
         table.add_row(
-            folder.path.name,
+            _name(directories, folder),
             "alive" if folder.live else "none",
             str(len(folder.extents)),
             size(folder.file_bytes),
@@ -160,13 +177,14 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def _as_dict(found: Survey, namespaces: list[NamespaceSummary]) -> dict[str, Any]:
+def _as_dict(directories: list[Path], found: Survey, namespaces: list[NamespaceSummary]) -> dict[str, Any]:
+    """`path` is a list where several were named."""
     return {
-        "path": str(found.path),
+        "path": str(found.path) if len(directories) == 1 else list(map(str, directories)),
         "format": VERSION,
         "folders": [
             {
-                "name": folder.path.name,
+                "name": _name(directories, folder),
                 "live": folder.live,
                 "extents": len(folder.extents),
                 "bytes": folder.file_bytes,

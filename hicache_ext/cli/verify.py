@@ -43,7 +43,9 @@ def _rate(text: str) -> float | None:
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The `path` of a local tier.", show_default=False)],
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="The `path` of a local tier, all of several.")
+    ],
     limit: Annotated[str, typer.Option(metavar="RATE", help="Read no faster: 200MB/s, 1GiB/s, none.")] = "200MB/s",
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout, with every damaged slot.")
@@ -75,18 +77,21 @@ def verify(
                 said = f"{size(now.bytes_read)}, {now.damaged} damaged"
                 bar.update(task, completed=now.slots, total=max(1, now.total), said=said)
 
-            report = Scrub(directory, rate, advance).run()
+            reports = [Scrub(directory, rate, advance).run() for directory in directories]
     except NotATier as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         typer.echo("interrupted: not everything was checked", err=True)
         raise typer.Exit(_INTERRUPTED) from None
+    told = list(zip(directories, reports, strict=True))
     if as_json:
-        typer.echo(json.dumps(_as_dict(directory, report), indent=1))
+        found = [_as_dict(directory, report) for directory, report in told]
+        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
     else:
-        _print(directory, report)
-    raise typer.Exit(0 if report.clean else 1)
+        for directory, report in told:
+            _print(directory, report)
+    raise typer.Exit(0 if all(report.clean for report in reports) else 1)
 
 
 def _print(directory: Path, report: ScrubReport) -> None:

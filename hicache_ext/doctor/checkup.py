@@ -5,6 +5,7 @@ Belongs here: putting probes together. Does not belong here: a probe.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from hicache_ext.doctor.isolation import Answer, Call, ask
 from storage_backends.local.engine import PREFERENCE
 
 _SECONDS = 10.0
+_TOO_LARGE = re.compile(r"\.capacity = .*the disk has ")
 _HUNG_DISK = "look for a disk or a mount that does not answer: sudo dmesg | tail; cat /proc/mounts"
 
 
@@ -57,7 +59,8 @@ def configuration(file: Path) -> list[Finding]:
         findings = []
         for line in str(problem).splitlines():
             text, _, fix = line.partition(". Fix: ")
-            findings.append(error("configuration", text, fix))
+            if not _TOO_LARGE.search(text):  # the tier's own probe says that, with what is there
+                findings.append(error("configuration", text, fix))
         return findings
     tiers = ", ".join(f"{chosen.label} ({chosen.type})" for chosen in config.tiers)
     return [ok("configuration", f"{file}: valid; tiers, fast to slow: {tiers}")]
@@ -69,26 +72,32 @@ def _places(file: Path) -> list[tier.Place]:
         listed = read_file(file).get("tiers")
     except ConfigError:
         return []
-    found = []
+    found: list[tier.Place] = []
     for values in listed if isinstance(listed, list) else []:
         try:
             chosen = TierConfig.model_validate(values)
-            found.append(_place(chosen))
+            found += _disks(chosen)
         except ValueError:
             continue
-    return [place for place in found if place is not None]
+    return found
 
 
-def _place(chosen: TierConfig) -> tier.Place | None:
+def _disks(chosen: TierConfig) -> list[tier.Place]:
+    """The places of one tier; none where it is not local."""
     from storage_backends.local import LocalBackend
     from storage_backends.registry import backend_class
 
     backend = backend_class(chosen.type)
     if not issubclass(backend, LocalBackend):
-        return None
+        return []
     options = backend.Options.model_validate(chosen.options)
     assert isinstance(options, LocalBackend.Options)
-    return tier.Place(chosen.label, options.path, int(options.capacity), options.engine)
+    places = options.places
+    names = [chosen.label] if len(places) == 1 else [f"{chosen.label} disk {i}" for i in range(len(places))]
+    return [
+        tier.Place(name, path, capacity, options.engine, tuple(other for other in places if other[0] != path))
+        for name, (path, capacity) in zip(names, places, strict=True)
+    ]
 
 
 def _try_engine(name: str) -> engines.Trial:

@@ -17,6 +17,7 @@ from hicache_ext.doctor import disk
 from hicache_ext.doctor.finding import Finding, error, ok, warning
 from storage_backends.local.extents import extent_numbers
 from storage_backends.local.files import DirectIo, probe_direct
+from storage_backends.local.options import nearest
 from storage_backends.local.survey import NamespaceSummary, NotATier, Problem, Trouble, summarise, survey
 
 _MUCH_OVERHEAD = 0.10
@@ -29,26 +30,32 @@ _EXTENT_BYTES, _EXTENTS_PER_SHARE = 1 << 30, 32
 
 @dataclass(frozen=True)
 class Place:
-    """A local tier as configured. label: the tier's name. capacity: bytes. engine: as asked for."""
+    """One path of a local tier as configured. label: the tier's name. capacity: bytes. engine: as asked for. others:
+    path and capacity of the tier's other disks."""
 
     label: str
     path: Path
     capacity: int
     engine: str = "auto"
+    others: tuple[tuple[Path, int], ...] = ()
 
 
 def probe(place: Place) -> list[Finding]:
     """Everything about one tier; the first finding says where."""
-    exists = place.path
-    while not os.path.exists(exists) and exists != exists.parent:  # unlike Path's, false where it may not look
-        exists = exists.parent
+    exists = nearest(place.path)
     findings = [path(place, exists), disk.probe(f"{place.label}: disk", exists)]
     if exists.is_dir() and os.access(exists, os.W_OK | os.X_OK):
         findings.append(direct_io(place.label, probe_direct(exists)))
     used = _bytes_in(place.path)
     room = os.statvfs(exists)
+    # Disks on one file system share its room; what another has yet to take is not there for this one.
+    beside = sum(
+        max(0, capacity - _bytes_in(path))
+        for path, capacity in place.others
+        if os.stat(nearest(path)).st_dev == os.stat(exists).st_dev
+    )
     findings += [
-        space(place, room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize, used),
+        space(place, max(0, room.f_bavail * room.f_frsize - beside), room.f_blocks * room.f_frsize, used),
         descriptors(place, _extents_in(place.path), *resource.getrlimit(resource.RLIMIT_NOFILE)),
         *contents(place),
     ]

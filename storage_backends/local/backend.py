@@ -7,14 +7,14 @@ gets room (room.py), the format (storage_backends.format), files and folders (di
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from pydantic import ByteSize
 
 from hicache_ext.page import Namespace
 from storage_backends import checksum
@@ -26,32 +26,18 @@ from storage_backends.base import (
     Completion,
     Dispatcher,
     KeyBatch,
-    OptionError,
     Outcome,
     PageBatch,
 )
-from storage_backends.format import FormatError
 from storage_backends.local import options as local_options
-from storage_backends.local.directory import Directory
-from storage_backends.local.engine import IoEngine, open_engine
-from storage_backends.local.extents import ExtentFiles
-from storage_backends.local.files import probe_direct
 from storage_backends.local.index_choice import open_index
 from storage_backends.local.options import LocalOptions
 from storage_backends.local.reads import Reads
 from storage_backends.local.room import Room
-from storage_backends.local.slots import CancelFlag, slot_engine
-from storage_backends.local.supply import Supply
 from storage_backends.local.tier import Tier
-from storage_backends.local.upkeep import Upkeep
-from storage_backends.local.writer import Writer
 from storage_backends.local.writes import Writes
 
 logger = logging.getLogger(__name__)
-
-_MAINTENANCE_SECONDS = 0.2
-#: Lets another thread have the lock, which is not fair by itself.
-_YIELD_SECONDS = 0.0005
 
 
 class LocalBackend(Backend):
@@ -72,43 +58,25 @@ class LocalBackend(Backend):
     def __init__(self, options: LocalOptions, dispatcher: Dispatcher) -> None:
         super().__init__(options, dispatcher)
         self._pid = os.getpid()
-        self._closing = CancelFlag()
+        local_options.distinct(options)
+        self._closed = False
         self._index = open_index(options.eviction)
-        options.path.mkdir(parents=True, exist_ok=True)
-        direct = self._direct = probe_direct(options.path)
-        try:
-            self._directory = Directory(
-                options.path, options.capacity, ExtentFiles(direct), self._index, options.rules()
-            )
-        except FormatError as error:  # a folder of a version that we do not know
-            raise OptionError(
-                "path", str(options.path), f"holds another format: {error}",
-                "use the program version that wrote it, or another directory, or delete this one",
-            ) from error  # fmt: skip
-        self.capabilities = Capabilities(
-            persistent=True, shared=True, alignment=direct.alignment, medium="DISK", knows=True
-        )
-        # An engine that is asked for by name is taken as it is.
-        hints = {"direct": direct.works} if options.engine == "auto" else {}
-        self._engine: IoEngine = open_engine(options.engine, **hints)
-        tier = self._tier = Tier(
-            options, dispatcher, self.report, self._index, direct, self._directory, self._engine,
-            slot_engine(self._engine),
-        )  # fmt: skip
-        self._lock = tier.lock
+        rules = options.rules()
+        tier = self._tier = Tier(options, dispatcher, self.report, self._index, rules)
+        self._disks, self._lock = tier.disks, tier.lock
+        self._engine = self._disks.in_use[0].engine
+        alignment = max(disk.direct.alignment for disk in self._disks.in_use)
+        self.capabilities = Capabilities(persistent=True, shared=True, alignment=alignment, medium="DISK", knows=True)
         self._reads = Reads(tier)
-        self._writes = Writes(tier, Room(self._index, self._directory, self._claim))
-        self._open_files: list[int] = []
-        logger.info(
-            "local tier %s: %s, engine %s, %s, checksums by %s, %s index; %d pages known from the logs",
-            options.path, options.capacity.human_readable(), self._engine.name,
-            "O_DIRECT" if direct.works else f"buffered I/O ({direct.reason})",
-            checksum.implementation(), self._index.name, len(self._index),
-        )  # fmt: skip
-        self._upkeep = Upkeep(self._index, self._lock, self._closing)
-        self._maintenance = threading.Thread(target=self._maintain, name="hicache-local", daemon=True)
-        self._maintenance.start()
-        self._supply = Supply(self._directory, self._index, self._lock)
+        self._writes = Writes(tier, Room(self._index, tier.writers, rules))
+        for disk in self._disks.in_use:
+            logger.info(
+                "local tier %s: %s, engine %s, %s, checksums by %s, %s index; %d pages known from the logs",
+                disk.path, ByteSize(disk.capacity).human_readable(), disk.engine.name,
+                "O_DIRECT" if disk.direct.works else f"buffered I/O ({disk.direct.reason})",
+                checksum.implementation(), self._index.name, len(self._index),
+            )  # fmt: skip
+        self._disks.start()
 
     @property
     def _elsewhere(self) -> bool:
@@ -120,7 +88,7 @@ class LocalBackend(Backend):
             return np.zeros(len(batch), np.uint8)
         with self._lock:
             self._tier.expiry.meet(batch.namespace)
-            self._directory.refresh()
+            self._disks.refresh()
             return self._index.lookup(batch.namespace.digest, batch.keys, batch.parents, True)
 
     def lookup_local(self, batch: KeyBatch) -> np.ndarray:
@@ -160,114 +128,67 @@ class LocalBackend(Backend):
         if self._elsewhere:
             return
         with self._lock:
-            self._directory.clear({namespace.digest for namespace in namespaces})
+            for disk in self._disks.in_use:
+                disk.directory.clear({namespace.digest for namespace in namespaces})
 
     def register_memory(self, address: int, length: int) -> None:
-        self._engine.register_memory(address, length)
+        self._disks.register_memory(address, length)
 
     def stats(self) -> Mapping[str, int | float | str]:
         if self._elsewhere:
             return {"state": "forked"}
         with self._lock:
-            writer = self._directory.writer
+            disks, bays = self._disks.in_use, self._disks.bays
+            writers = [disk.directory.writer for disk in disks if disk.directory.writer is not None]
+            upkeep = Counter[str]()
+            for disk in disks:
+                upkeep.update(disk.upkeep.stats())
+            direct = next((disk.direct for disk in disks if not disk.direct.works), disks[0].direct if disks else None)
+            single: dict[str, int | str] = {}
+            if self._tier.several:
+                single = {
+                    f"disk_{bay.number}_{name}": value
+                    for bay in bays
+                    for name, value in (
+                        ("path", str(bay.path)),
+                        ("state", bay.state),
+                        ("bytes", bay.bytes),
+                        ("errors", bay.errors),
+                    )
+                }
             return {
                 "pages": len(self._index),
-                "own_bytes": writer.disk_bytes if writer else 0,
-                "share_bytes": self._directory.share,
+                "own_bytes": sum(writer.disk_bytes for writer in writers),
+                "share_bytes": sum(disk.directory.share for disk in disks),
                 "engine": self._engine.name,
                 "index": self._index.name,
                 "index_bytes": self._index.memory(),
                 "engines_passed_over": "; ".join(f"{k}: {v}" for k, v in self._engine.passed_over.items()),
-                "direct_io": "yes" if self._direct.works else self._direct.reason,
-                "log_errors": writer.log.errors if writer else 0,
-                "log_bytes": writer.log.size if writer else 0,
-                "compactions": writer.log.compactions if writer else 0,
-                "state": "directory gone" if self._tier.gone else "disk full" if self._disk_full() else "ok",
-                **self._upkeep.stats(),
+                "direct_io": "none" if direct is None else "yes" if direct.works else direct.reason,
+                "log_errors": sum(writer.log.errors for writer in writers),
+                "log_bytes": sum(writer.log.size for writer in writers),
+                "compactions": sum(writer.log.compactions for writer in writers),
+                "state": self._state(),
+                "disks": len(bays),
+                "disks_out": len(bays) - len(disks),
+                **single,
+                **upkeep,
                 **self._tier.counts,
             }
 
     def close(self) -> None:
-        if self._elsewhere or self._closing.is_set():
+        if self._elsewhere or self._closed:
             return
-        self._closing.set()
-        self._supply.close()
-        until = time.monotonic() + CLOSE_SECONDS - 1.0
-        quiet = self._engine.close(until - time.monotonic())
-        for thread in (self._maintenance, self._supply.thread, *self._upkeep.threads):
-            thread.join(max(0.0, until - time.monotonic()))
-        if not quiet:
+        self._closed = True
+        if not self._disks.close(time.monotonic() + CLOSE_SECONDS - 1.0):
             logger.error("local tier: the device did not answer before the close; its files stay open")
-        with self._lock:
-            self._directory.close(quiet)
 
-    # -- helpers -------------------------------------------------------------------------------------------------
-
-    def _claim(self, namespace: bytes) -> Writer:
-        """The folder that we write, taken when the first page wants room. OSError when there is none to have."""
-        if self._tier.gone:
-            raise OSError(errno.ENOENT, "the tier's directory is gone")
-        writer = self._directory.writer
-        if writer is None:
-            writer = self._directory.claim(namespace, self._tier.removed)
-            self._upkeep.claimed(writer)
-        return writer
-
-    def _disk_full(self) -> bool:
-        writer = self._directory.writer
-        return writer is not None and time.monotonic() < writer.disk_full_until
-
-    def _retain_files(self) -> None:
-        """Tell the engine which extents are still open: what it registered of the others holds their space."""
-        writer = self._directory.writer
-        holders = [folder.extents for folder in self._directory.folders.values()]
-        if writer is not None:
-            holders.append(writer.extents)
-        serials = [extent.serial for extents in holders for extent in extents.values()]
-        if serials != self._open_files:
-            self._open_files = serials
-            self._tier.slots.retain_files(serials)
-
-    def _expire(self) -> None:
-        """Remove pages that are past their time, a few at a time."""
-        expiry, writer = self._tier.expiry, self._directory.writer
-        expiry.advance()
-        if writer is not None:
-            for digest, extents in writer.by_namespace.items():
-                expiry.know(digest, next(iter(extents.values())).header.description)
-            expiry.sweep(writer.forget)
-
-    def _catch_up(self) -> None:
-        """Read the other writers' logs to their ends, in turns with whoever wants the lock."""
-        while not self._tier.gone and not self._closing.is_set():
-            with self._lock:
-                if self._closing.is_set():
-                    return
-                self._directory.refresh()
-                if not self._directory.behind:
-                    return
-            time.sleep(_YIELD_SECONDS)
-
-    def _maintain(self) -> None:
-        failed = False
-        while not self._closing.wait(_MAINTENANCE_SECONDS):
-            try:
-                gone = self._directory.gone()
-                if gone and not self._tier.gone:
-                    logger.error("local tier %s: the directory is gone; nothing more is stored", self.options.path)
-                self._tier.gone = gone
-                self._catch_up()
-                with self._lock:
-                    if gone or self._closing.is_set():
-                        continue
-                    self._retain_files()
-                    self._expire()
-                    if self._directory.writer is not None:
-                        self._upkeep.turn(self._directory.writer)
-            except Exception:
-                if not failed:
-                    failed = True
-                    logger.exception("local tier %s: maintenance failed (said once)", self.options.path)
+    def _state(self) -> str:
+        """Of the tier: the first disk that is not well."""
+        states = [(bay.path, bay.state) for bay in self._disks.bays]
+        if not self._tier.several:
+            return states[0][1]
+        return "; ".join(f"{path}: {state}" for path, state in states if state != "ok") or "ok"
 
 
 def _settled(batch: PageBatch, outcome: Outcome) -> Completion:

@@ -30,7 +30,9 @@ from storage_backends.local.writer import RemovedListener, Writer
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "FORMAT"
+FORMAT = "FORMAT"
+#: Folder numbers in the index that each disk has for its own.
+FOLDERS = 1 << 24
 #: What reading one folder's log may take of a caller's time.
 _REFRESH_SECONDS = 0.002
 #: Evicting or refusing makes a writer one that wants more, for this long.
@@ -67,12 +69,21 @@ class Directory:
     does now counts as slow.
     """
 
-    def __init__(self, path: Path, capacity: int, files: ExtentFiles, index: AnyIndex, rules: Rules) -> None:
+    def __init__(
+        self, path: Path, capacity: int, files: ExtentFiles, index: AnyIndex, rules: Rules, base: int = 0,
+        peers: dict[int, Writer] | None = None, seconds: float | None = None,
+    ) -> None:  # fmt: skip
+        """base: of this disk's folder numbers in the index, FOLDERS apart for each disk. peers: Writer.peers.
+
+        seconds: of `refresh`, for what is known at once of the pages that are here. Raises OptionError, FormatError.
+        """
         self.path = path
         self.capacity = capacity
         self.files = files
         self.index = index
         self.rules = rules
+        self.base = base
+        self._peers = {} if peers is None else peers
         self.folders: dict[int, Folder] = {}
         self.writer: Writer | None = None
         self.share = capacity
@@ -85,7 +96,7 @@ class Directory:
         self._unknown: set[int] = set()
         self._inode = _prepare(path)
         remove_old_probes(path)
-        self.refresh(None)
+        self.refresh(seconds)
         for folder in self.folders.values():
             folder.namespaces()  # an extent of an unknown version refuses now, not at the first write
         self._open = True
@@ -93,7 +104,7 @@ class Directory:
     def gone(self) -> bool:
         """Whether the directory that was opened is no longer there (removed, unmounted, replaced)."""
         try:
-            return os.stat(self.path / _FORMAT).st_ino != self._inode
+            return os.stat(self.path / FORMAT).st_ino != self._inode
         except OSError:
             return True
 
@@ -108,11 +119,13 @@ class Directory:
             if mtime != self._seen_mtime:
                 self._seen_mtime = mtime
                 for name in sorted(os.listdir(self.path)):
-                    number = folder_number(name)
-                    if number is None or number in self.folders or not (self.path / name).is_dir():
+                    k = folder_number(name)
+                    if k is None or self.base + k in self.folders or not (self.path / name).is_dir():
                         continue
-                    if self.writer is None or self.writer.number != number:
-                        self.folders[number] = Folder(self.path / name, self.files)
+                    if k >= FOLDERS:
+                        logger.warning("%s: no writer has a number that large; not looked at", self.path / name)
+                    elif self.writer is None or self.writer.number != self.base + k:
+                        self.folders[self.base + k] = Folder(self.path / name, self.files, self.base)
         return sum(self._poll(folder, seconds) for folder in self.folders.values()) > 0
 
     @property
@@ -138,6 +151,8 @@ class Directory:
     def claim(self, namespace: bytes, removed: RemovedListener) -> Writer:
         """Become a writer: of an abandoned folder that holds this namespace, else of a new one.
 
+        Its pages are ours to evict once they are adopted (Index.adopt); then `settle`.
+
         Abandoned folders of other namespaces are left to whoever comes back for them; their room is taken from the
         oldest when room is short.
         """
@@ -148,7 +163,7 @@ class Directory:
         for count, number in sorted(idle, key=lambda pair: (-pair[0], pair[1])):
             if count and (writer := self._try(number, removed)):
                 return writer
-        number = 0
+        number = self.base
         while True:
             if number not in self.folders and (writer := self._try(number, removed)):
                 return writer
@@ -159,9 +174,9 @@ class Directory:
         if folder is not None and folder.has_owner():
             return None
         # What the folder's last owner wrote is read to its end once the lock is ours.
-        known = folder or Folder(self.path / f"w{number}", self.files)
+        known = folder or Folder(self.path / f"w{number - self.base}", self.files, self.base)
         try:
-            writer = Writer.claim(known, self.index, self.rules, removed)
+            writer = Writer.claim(known, self.index, self.rules, self._peers, removed)
         except UnknownVersion as error:
             logger.warning("%s: %s: left to a newer program", known.path, error)
             writer = None
@@ -170,9 +185,12 @@ class Directory:
         known.close()
         self.folders.pop(number, None)
         self.writer = writer
+        return writer
+
+    def settle(self) -> None:
+        """What follows once the index knows that a claimed folder's pages are ours."""
         self.update_share()
         self.wake.set()
-        return writer
 
     def update_share(self) -> None:
         """Set this writer's part of the capacity."""
@@ -318,7 +336,7 @@ class Directory:
 
 def _prepare(path: Path) -> int:
     """Make the directory and its format line, or check it; the line's inode. Raises OptionError."""
-    marker = path / _FORMAT
+    marker = path / FORMAT
     try:
         path.mkdir(parents=True, exist_ok=True)
         try:

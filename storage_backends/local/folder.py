@@ -32,9 +32,10 @@ def folder_number(name: str) -> int | None:
 class Folder:
     """One `w<k>`, read only. Not thread-safe: the backend's lock is around it."""
 
-    def __init__(self, path: Path, files: ExtentFiles) -> None:
+    def __init__(self, path: Path, files: ExtentFiles, base: int = 0) -> None:
+        """base: of the disk's folder numbers in the index."""
         self.path = path
-        self.number = int(path.name[1:])
+        self.number = base + int(path.name[1:])
         self.files = files
         self.extents: dict[int, Extent] = {}
         self.lost: set[int] = set()  # extents that the log names and that are not there

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from storage_backends.base import Completion, Outcome, PageBatch
+from storage_backends.local.directory import FOLDERS
+from storage_backends.local.disk import Disk
 from storage_backends.local.extents import Extent
+from storage_backends.local.flights import begin_all
 from storage_backends.local.index import Pinned
-from storage_backends.local.slots import SlotGroup, Verdict
+from storage_backends.local.slots import CancelFlag, SlotGroup, Verdict
 from storage_backends.local.tier import Tier
 
 _HIT = bytes((Outcome.HIT,))
@@ -24,12 +27,18 @@ _HIT = bytes((Outcome.HIT,))
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """Pages of one batch whose I/O begins together. held, extents: by place in the group."""
+    """Pages of one batch and one disk whose I/O begins together. held, extents: by place in the group."""
 
     completion: Completion
+    disk: Disk
     held: Pinned
     extents: list[Extent]
     group: SlotGroup | None = None
+
+    def after(self, count: int) -> _Flight | None:
+        """All but the first `count` pages; None when there are no more."""
+        left = range(count, len(self.extents))
+        return _Flight(self.completion, self.disk, _pages_of(self.held, left), self.extents[count:]) if left else None
 
 
 class Reads:
@@ -41,36 +50,64 @@ class Reads:
     def read(self, batch: PageBatch) -> Completion:
         tier = self._tier
         completion, cancelled = tier.completion(len(batch))
-        io = tier.io(batch)
-        bounced = io.must_bounce(batch)
         with tier.lock:
             tier.expiry.meet(batch.namespace)
             held = self._pin(batch)
             held, extents = self._open(held)
             for extent, pins in Counter(extents).items():
                 extent.pins += pins
-            tier.count_way(bounced, len(held.pages))
+            flights = self._parted(completion, held, extents)
+            for flight in flights:
+                flight.disk.begun(len(flight.extents))
         if len(held.pages) < len(batch):
             missing = list(set(range(len(batch))).difference(held.pages))
             completion.settle_many(missing, [Outcome.MISS] * len(missing))
-        while held.pages:
-            flight = _Flight(completion, held, extents)
-            ended = partial(self._done, flight)
-            group = io.group(batch, held.pages, False, bounced, extents, held.slots, cancelled, ended)
-            flight.group = group
-            at = len(group)
-            held, extents = _pages_of(held, range(at, len(extents))), extents[at:]
-            tier.slots.submit_slots(group)
+        begin_all(flights, partial(self._begin, batch, cancelled), self._abandon, tier.several)
         return completion
+
+    def _begin(self, batch: PageBatch, cancelled: CancelFlag, flight: _Flight, timeout: float | None) -> _Flight | None:
+        io = flight.disk.io(batch)
+        bounced = io.must_bounce(batch)
+        held, ended = flight.held, partial(self._done, flight)
+        group = io.group(batch, held.pages, False, bounced, flight.extents, held.slots, cancelled, ended, timeout)
+        if group is None:
+            return flight
+        flight.group = group
+        rest = flight.after(len(group))
+        self._tier.count_way(bounced, len(group))
+        flight.disk.slots.submit_slots(group)
+        return rest
+
+    def _abandon(self, flight: _Flight) -> None:
+        """The disk went out of use before these pages' turn came."""
+        places = range(len(flight.extents))
+        with self._tier.lock:
+            flight.disk.flying -= len(places)
+            self._unpin(flight, places)
+        flight.completion.settle_many(flight.held.pages, [Outcome.MISS] * len(places))
 
     def _pin(self, batch: PageBatch) -> Pinned:
         """Hold what is resident; what other writers stored is looked for only when something is missing."""
         tier, digest = self._tier, batch.namespace.digest
         held = tier.index.pin(digest, batch.keys, batch.parents)
-        if len(held.pages) == len(batch) or not tier.directory.refresh():
+        if len(held.pages) == len(batch) or not tier.disks.refresh():
             return held
         tier.index.unpin(held.handles)
         return tier.index.pin(digest, batch.keys, batch.parents)
+
+    def _parted(self, completion: Completion, held: Pinned, extents: list[Extent]) -> list[_Flight]:
+        """By disk."""
+        numbers = [folder // FOLDERS for folder in held.folders]
+        bays = self._tier.disks.bays
+        flights = []
+        for number in sorted(set(numbers)):
+            disk = bays[number].disk
+            assert disk is not None  # an extent of it is open
+            if len(set(numbers)) == 1:
+                return [_Flight(completion, disk, held, extents)]
+            at = [i for i, other in enumerate(numbers) if other == number]
+            flights.append(_Flight(completion, disk, _pages_of(held, at), [extents[i] for i in at]))
+        return flights
 
     def _open(self, held: Pinned) -> tuple[Pinned, list[Extent]]:
         """The pages' extents; pages whose extent is not there are let go of."""
@@ -92,6 +129,7 @@ class Reads:
         flight.group.io.give(flight.group, places)
         outcomes: Sequence[int] = _HIT * len(places)
         with self._tier.lock:
+            flight.disk.ended(moved)
             if verdicts.count(Verdict.VALID) < len(verdicts):
                 outcomes = [
                     self._outcome(flight, place, result, verdict)
@@ -127,7 +165,7 @@ class Reads:
 
     def _unpin(self, flight: _Flight, places: Sequence[int]) -> None:
         held, extents = flight.held, flight.extents
-        writer = self._tier.directory.writer
+        writer = flight.disk.directory.writer
         freed = self._tier.index.unpin([held.handles[place] for place in places])
         for extent, pins in Counter([extents[place] for place in places]).items():
             if writer is not None and writer.extents.get(extent.number) is extent:

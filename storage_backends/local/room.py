@@ -1,7 +1,8 @@
 """Room for a batch of pages: which of them may be written, and what goes for them.
 
 Belongs here: the order of the means, whether a page is worth one, and what no page may cost. Does not belong here: how
-slots and extents come and go (writer.py), which page goes first (policy/), or moving bytes (writes.py).
+slots and extents come and go (writer.py), on which disk (writers.py), which page goes first (policy/), or moving bytes
+(writes.py).
 
 The means, in order: a free slot, a new extent, an extent of a colder namespace that has more, own pages, an extent of
 the coldest other namespace, an extent of a folder without a writer. Extents of others are taken over as they are; most
@@ -12,7 +13,6 @@ uses a page only with all its ancestors, and none of its ancestors may go for it
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,25 +20,40 @@ from dataclasses import dataclass, field
 from hicache_ext.page import NO_PARENT, Namespace, split_keys
 from storage_backends.base import KeyBatch
 from storage_backends.format import SlotShape
-from storage_backends.local.directory import Directory
+from storage_backends.local.disk import Disk
 from storage_backends.local.extents import Extent
 from storage_backends.local.index_choice import AnyIndex
-from storage_backends.local.writer import Place, Writer
+from storage_backends.local.rules import Rules
+from storage_backends.local.slots import rows
+from storage_backends.local.writers import Spot, Writers
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """Pages of a batch that go to one disk: pages[i], its number in the batch, to slots[i] of extents[i], pinned."""
+
+    disk: Disk
+    pages: list[int] = field(default_factory=list)
+    extents: list[Extent] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+
+    def after(self, count: int) -> Part:
+        """All but the first `count` of them."""
+        columns = (self.pages, self.extents, self.slots, self.generations)
+        return Part(self.disk, *(column[count:] for column in columns))  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
 class Grant:
-    """What a batch got. pages[i], its number in the batch, goes to slots[i] of extents[i], which are pinned for it.
+    """What a batch got: parts, each with its pages ascending.
 
     refused: the other pages, ascending, each with why: "admission", "unreachable" (its parent is refused),
     "pinned_full" (its namespace gives up nothing), "no_room".
     error: why no room could be made for them, when a device said so.
     """
 
-    pages: list[int] = field(default_factory=list)
-    extents: list[Extent] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    generations: list[int] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
     error: OSError | None = None
 
@@ -58,14 +73,21 @@ class _Request:
         self.grant = Grant()
         self._admit = admit
         self._admitted: dict[int, bool] = {}
+        self._spots: list[tuple[int, Spot]] = []
 
-    def take(self, places: list[Place], generations: list[int]) -> None:
-        grant, count = self.grant, len(places)
-        grant.pages += self.left[:count]
-        grant.extents += [extent for extent, _ in places]
-        grant.slots += [slot for _, slot in places]
-        grant.generations += generations
+    def take(self, spots: list[Spot]) -> None:
+        count = len(spots)
+        self._spots += zip(self.left[:count], spots, strict=True)
         self.left = self.left[count:]
+
+    @property
+    def granted(self) -> list[int]:
+        return [page for page, _ in self._spots]
+
+    @property
+    def keys(self) -> bytes:
+        """Of the pages in the running."""
+        return rows(self.batch.keys, self.left)
 
     def admitted(self, page: int) -> bool:
         if self._admit is None:
@@ -85,7 +107,17 @@ class _Request:
         self.left, self.stranded = sorted(self.left + self.stranded), []
 
     def close(self) -> Grant:
-        """Refuse what is left."""
+        """Part what was granted among the disks, and refuse what is left."""
+        parts: dict[int, Part] = {}
+        for page, (disk, extent, slot, generation) in sorted(self._spots, key=lambda granted: granted[0]):
+            part = parts.get(disk.number)
+            if part is None:
+                part = parts[disk.number] = Part(disk)
+            part.pages.append(page)
+            part.extents.append(extent)
+            part.slots.append(slot)
+            part.generations.append(generation)
+        self.grant.parts = list(parts.values())
         refused = self.grant.refused
         beside = set(self.unworthy)
         gone: set[bytes] = set()
@@ -102,15 +134,12 @@ class _Request:
 
 
 class Room:
-    """Not thread-safe: the tier's lock is around it.
+    """Not thread-safe: the tier's lock is around it."""
 
-    claim: makes this process a writer for a namespace, where it is none yet; raises OSError.
-    """
-
-    def __init__(self, index: AnyIndex, directory: Directory, claim: Callable[[bytes], Writer]) -> None:
+    def __init__(self, index: AnyIndex, writers: Writers, rules: Rules) -> None:
         self._index = index
-        self._directory = directory
-        self._claim = claim
+        self._writers = writers
+        self._rules = rules
         # Pages on their way, and their parents: here to stay, though the index does not know them yet.
         self._coming: dict[bytes, dict[bytes, bytes]] = {}
 
@@ -120,15 +149,16 @@ class Room:
         """Slots for these pages of the batch, ascending. admit: whether a page is worth what goes for it (None: each
         is); asked once for each page, and only when something must go."""
         space = batch.namespace
-        rule = self._directory.rules.of(space.digest, space.description)
+        rule = self._rules.of(space.digest, space.description)
         request = _Request(batch, pages, admit, rule.pin)
         try:
-            self._provide(request, self._claim(space.digest), shape)
+            self._writers.claim(space.digest)
+            self._provide(request, shape)
         except OSError as error:
             request.grant.error = error
         grant = request.close()
         self._look_ahead(request, shape)
-        self._announce(batch, grant.pages)
+        self._announce(batch, request.granted)
         return grant
 
     def landed(self, namespace: bytes, keys: Iterable[bytes]) -> None:
@@ -139,48 +169,40 @@ class Room:
 
     def _look_ahead(self, request: _Request, shape: SlotShape) -> None:
         """Say what will be needed before it is."""
-        directory, namespace = self._directory, request.batch.namespace
-        if directory.writer is None:
-            return
-        if request.short:
-            directory.wanted_at = time.monotonic()
-        if directory.writer.is_short(namespace.digest):
-            directory.want(namespace, shape)
+        self._writers.look_ahead(request.batch.namespace, shape, request.short)
 
-    def _provide(self, request: _Request, writer: Writer, shape: SlotShape) -> None:
+    def _provide(self, request: _Request, shape: SlotShape) -> None:
         namespace = request.batch.namespace
         larger = True
         while True:
-            self._fill(request, writer, namespace, shape)
+            self._fill(request, namespace, shape)
             self._judge(request)
             count = len(request.left)
             request.short |= bool(count or request.stranded)
             if count and larger:
                 larger = False
-                if self._reclaim_from_larger(writer, namespace, shape):
+                if self._reclaim_from_larger(namespace, shape):
                     continue
-            if count and not request.pinned and self._evict(writer, namespace.digest, count, request.kept):
+            if count and not request.pinned and self._evict(namespace.digest, count, request.kept):
                 continue
-            if count and self._reclaim_coldest(writer, namespace, shape):
+            if count and self._reclaim_coldest(namespace, shape):
                 continue
-            if (count or request.stranded) and self._directory.take_abandoned(namespace, shape):
+            if (count or request.stranded) and self._writers.take_abandoned(namespace, shape):
                 request.recall()
                 continue
             return
 
-    def _fill(self, request: _Request, writer: Writer, namespace: Namespace, shape: SlotShape) -> None:
+    def _fill(self, request: _Request, namespace: Namespace, shape: SlotShape) -> None:
         """What costs nobody anything."""
-        while request.left:
-            places = writer.take(namespace.digest, len(request.left))
-            request.take(places, writer.next_generations(len(places)))
-            if not request.left or request.grant.error is not None:
-                return
-            try:
-                if not self._directory.grow(namespace, shape):
-                    return
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        more = True
+        while request.left and more:
+            more = False
+            if request.grant.error is None:
+                try:
+                    more = self._writers.grow(namespace, shape, request.keys)
+                except OSError as error:
                     request.grant.error = error
+            request.take(self._writers.take(namespace.digest, request.keys))
 
     def _judge(self, request: _Request) -> None:
         """Set aside the pages for which nothing may go."""
@@ -222,19 +244,19 @@ class Room:
         kept.update(above)
         return bool(above)
 
-    def _evict(self, writer: Writer, namespace: bytes, count: int, kept: set[bytes]) -> int:
+    def _evict(self, namespace: bytes, count: int, kept: set[bytes]) -> int:
         pages, records = self._index.evict(namespace, count, frozenset(kept), time.time_ns())
-        writer.forgotten(pages, records, "evicted")
+        self._writers.forgotten(pages, records, "evicted")
         return len(pages)
 
-    def _reclaim_from_larger(self, writer: Writer, namespace: Namespace, shape: SlotShape) -> bool:
+    def _reclaim_from_larger(self, namespace: Namespace, shape: SlotShape) -> bool:
         """Take an extent from a colder namespace that has more: a new namespace must not starve in one extent."""
-        coldest = self._index.coldest(writer.larger(namespace.digest))
-        return coldest is not None and coldest != namespace.digest and writer.reclaim(coldest, namespace, shape)
+        coldest = self._index.coldest(self._writers.larger(namespace.digest))
+        return coldest is not None and coldest != namespace.digest and self._writers.reclaim(coldest, namespace, shape)
 
-    def _reclaim_coldest(self, writer: Writer, namespace: Namespace, shape: SlotShape) -> bool:
-        coldest = self._index.coldest(other for other in writer.loose() if other != namespace.digest)
-        return coldest is not None and writer.reclaim(coldest, namespace, shape)
+    def _reclaim_coldest(self, namespace: Namespace, shape: SlotShape) -> bool:
+        coldest = self._index.coldest(other for other in self._writers.loose() if other != namespace.digest)
+        return coldest is not None and self._writers.reclaim(coldest, namespace, shape)
 
     def _announce(self, batch: KeyBatch, pages: list[int]) -> None:
         coming = self._coming.setdefault(batch.namespace.digest, {})

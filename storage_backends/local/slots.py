@@ -144,12 +144,17 @@ class SlotIo:
 
     def group(
         self, batch: PageBatch, pages: list[int], write: bool, bounced: bool, extents: list[Extent],
-        numbers: list[int], cancelled: CancelFlag, ended: Ended,
-    ) -> SlotGroup:  # fmt: skip
-        """The first of these pages, as many as there is memory for, at least one; waits while all of it is in use."""
+        numbers: list[int], cancelled: CancelFlag, ended: Ended, timeout: float | None = None,
+    ) -> SlotGroup | None:  # fmt: skip
+        """The first of these pages, as many as there is memory for, at least one.
+
+        Waits up to `timeout` seconds (None: for ever) while all memory is in use; then None.
+        """
         shape, buffers = self.shape, len(self.lengths)
-        taken = self._pool(bounced).take_many(len(pages))
+        taken = self._pool(bounced).take_many(len(pages), timeout)
         count = len(taken)
+        if not count:
+            return None
         headers = np.array(taken, np.uint64)
         places: list[int] | slice = pages[:count]
         if count and pages[count - 1] - pages[0] == count - 1:

@@ -1,4 +1,4 @@
-"""What the parts of one open tier share: its index and the lock around it, its directory, its engine, its counts.
+"""What the parts of one open tier share: its index and the lock around it, its disks, its counts.
 
 Belongs here: what both reads and writes need to know or to say. Does not belong here: the order of steps of either
 (reads.py, writes.py), or opening and closing (backend.py).
@@ -32,18 +32,20 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
-from storage_backends.base import Completion, Dispatcher, PageBatch, Residency
+from storage_backends.base import Completion, Dispatcher, Residency
 from storage_backends.buffers import OwnedMemory
 from storage_backends.format import BLOCK
-from storage_backends.local.directory import Directory
-from storage_backends.local.engine import IoEngine
+from storage_backends.local.disk import Around
+from storage_backends.local.disks import Disks
 from storage_backends.local.expiry import Expiry
 from storage_backends.local.extents import Extent
-from storage_backends.local.files import DirectIo
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.options import LocalOptions
-from storage_backends.local.slots import CancelFlag, SlotEngine, SlotIo
+from storage_backends.local.rules import Rules
+from storage_backends.local.slots import CancelFlag
+from storage_backends.local.writer import Writer
+from storage_backends.local.writers import Writers
 
 logger = logging.getLogger(__name__)
 
@@ -52,56 +54,41 @@ Report = Callable[[Residency, bytes, bytes], None]
 
 
 class Tier:
-    """lock: around the index, the directory and everything below it. gone: the directory is no longer there."""
+    """lock: around the index, the disks and everything below them."""
 
     def __init__(
-        self, options: LocalOptions, dispatcher: Dispatcher, report: Report, index: AnyIndex, direct: DirectIo,
-        directory: Directory, engine: IoEngine, slots: SlotEngine,
-    ) -> None:  # fmt: skip
+        self, options: LocalOptions, dispatcher: Dispatcher, report: Report, index: AnyIndex, rules: Rules
+    ) -> None:
+        """Raises OptionError when no disk can be used."""
         self.options = options
         self.report = report
         self.index = index
-        self.directory = directory
-        self.engine = engine
-        self.slots = slots
-        self.expiry = Expiry(directory.rules, index)
+        self.expiry = Expiry(rules, index)
         self.lock = threading.RLock()
         self.counts: Counter[str] = Counter()
-        self.gone = False
         self._dispatcher = dispatcher
-        self._direct = direct
         self._said: set[str] = set()
-        self._ios: dict[tuple[tuple[int, ...], int], SlotIo] = {}
         self._zeroes = OwnedMemory(BLOCK)
+        places = options.places
+        self.several = len(places) > 1
+        peers: dict[int, Writer] = {}
+        around = Around(index, rules, self.lock, peers, options.engine, self.several)
+        self.disks = Disks(places, around, self.removed, self._expire)
+        self.writers = Writers(index, self.disks, peers, self.removed)
 
     def completion(self, pages: int) -> tuple[Completion, CancelFlag]:
         completion = Completion(pages, self._dispatcher)
         completion.cancelled = cancelled = CancelFlag()
         return completion, cancelled
 
-    def io(self, batch: PageBatch) -> SlotIo:
-        layout = batch.namespace.layout
-        key = (layout.buffer_lengths, layout.page_size)
-        io = self._ios.get(key)
-        if io is None:
-            with self.lock:
-                io = self._ios.get(key)
-                if io is None:
-                    io = SlotIo(*key, self._direct.alignment, self.engine.register_memory)
-                    self._ios[key] = io
-        return io
-
-    def extent(self, folder_number: int, number: int) -> Extent | None:
-        writer = self.directory.writer
-        if writer is not None and folder_number == writer.number:
-            return writer.extents.get(number)
-        folder = self.directory.folders.get(folder_number)
-        return None if folder is None else folder.extent(number)
+    def extent(self, folder: int, number: int) -> Extent | None:
+        disk = self.disks.of(folder)
+        return None if disk is None else disk.extent(folder, number)
 
     def drop(self, page: Page, reason: str) -> None:
         """Stop serving a page. Another writer's page is only forgotten here: its slot is not ours to free."""
-        if page.own and self.directory.writer is not None:
-            self.directory.writer.forget([page], reason)
+        if page.own:
+            self.writers.forget([page], reason)
         elif self.index.remove(page):
             self.counts[reason] += 1
 
@@ -122,6 +109,14 @@ class Tier:
         except OSError as error:
             self.say("erase", "a quarantined slot could not be erased: %s", error)
 
+    def _expire(self) -> None:
+        """Remove pages that are past their time, a few at a time."""
+        with self.lock:
+            self.expiry.advance()
+            for namespace, description in self.writers.descriptions():
+                self.expiry.know(namespace, description)
+            self.expiry.sweep(self.writers.forget)
+
     def count_way(self, bounced: bool, pages: int) -> None:
         self.counts["pages_bounced" if bounced else "pages_direct"] += pages
         if bounced and pages:
@@ -133,4 +128,4 @@ class Tier:
             if kind in self._said:
                 return
             self._said.add(kind)
-        logger.warning("local tier %s: " + message + " (said once; see stats)", self.options.path, *args)
+        logger.warning("local tier %s: " + message + " (said once; see stats)", self.options.names, *args)

@@ -24,7 +24,7 @@ from storage_backends.local.headers import Found
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.own_log import OwnLog
-from storage_backends.local.residency import Kind, Record, encode_stored
+from storage_backends.local.residency import RECORD_BYTES, Kind, Record, encode_stored
 from storage_backends.local.rules import Rules
 from storage_backends.local.shares import MIN_EXTENT
 from storage_backends.local.use import Recent
@@ -49,16 +49,26 @@ class Writer:
 
     extents: by number; by_namespace has the same. free: slots that hold nothing, per namespace. leaving: extents that
     were given up, whose space is not free yet. disk_bytes: what all of them take on the disk, planned ones too. recent:
-    bytes of our pages hit and stored of late.
+    bytes of our pages hit and stored of late. peers: this process's writers, one on each disk, by number; this one
+    joins them. Chains span disks, so what goes with a page of one may be a page of another.
     """
 
-    def __init__(self, folder: Folder, lock_fd: int, index: AnyIndex, rules: Rules, removed: RemovedListener) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        lock_fd: int,
+        index: AnyIndex,
+        rules: Rules,
+        peers: dict[int, Writer],
+        removed: RemovedListener,
+    ) -> None:
         self.path, self.number = folder.path, folder.number
         self._lock_fd = lock_fd
         self._files = folder.files
         self._index = index
         self._rules = rules
         self._removed = removed
+        self.peers = peers
         self.extents: dict[int, Extent] = {}
         self.by_namespace: dict[bytes, dict[int, Extent]] = {}
         self.leaving: dict[int, Extent] = {}
@@ -73,12 +83,14 @@ class Writer:
             index.newest_generation(self.number),
             *(extent.header.generation for extent in self.extents.values()),
         )
+        peers[self.number] = self
         for namespace in self.free:
             self._tell_capacity(namespace)
-        index.adopt(self.number)
 
     @classmethod
-    def claim(cls, folder: Folder, index: AnyIndex, rules: Rules, removed: RemovedListener) -> Writer | None:
+    def claim(
+        cls, folder: Folder, index: AnyIndex, rules: Rules, peers: dict[int, Writer], removed: RemovedListener
+    ) -> Writer | None:
         """Become the owner of a folder (made if missing), in the index as far as it was polled; None when it has one.
 
         Raises UnknownVersion, OSError.
@@ -88,7 +100,7 @@ class Writer:
         if lock_fd is None:
             return None
         try:
-            return cls(folder, lock_fd, index, rules, removed)
+            return cls(folder, lock_fd, index, rules, peers, removed)
         except BaseException:
             os.close(lock_fd)
             raise
@@ -157,7 +169,7 @@ class Writer:
 
     def _tell_capacity(self, namespace: bytes) -> None:
         """Orders weigh uses against how many pages the namespace has room for."""
-        extents = self.by_namespace.get(namespace, {}).values()
+        extents = [e for writer in self.peers.values() for e in writer.by_namespace.get(namespace, {}).values()]
         self._index.set_capacity(namespace, sum(extent.header.slots for extent in extents))
 
     def next_generations(self, count: int) -> list[int]:
@@ -319,7 +331,9 @@ class Writer:
             namespace, keys, parents, self.number, numbers, slots, generations, time_ns
         )
         self.recent.count(stored=sum(extent.header.slot_bytes for extent in extents))
-        self._give_slots([old for old in replaced if old.own])
+        for old in replaced:
+            if old.own and (peer := self.peers.get(old.folder)) is not None:
+                peer._give_slots([old])
         self.log.append(records)
 
     def forget(self, pages: list[Page], reason: str) -> None:
@@ -328,6 +342,13 @@ class Writer:
 
     def forgotten(self, pages: list[Page], records: bytes, reason: str) -> None:
         """The index removed these own pages and wrote these records of it."""
+        if any(page.folder != self.number for page in pages):
+            for folder in {page.folder for page in pages}:
+                at = [i for i, page in enumerate(pages) if page.folder == folder]
+                theirs = b"".join(records[i * RECORD_BYTES : (i + 1) * RECORD_BYTES] for i in at)
+                if (peer := self.peers.get(folder)) is not None:
+                    peer.forgotten([pages[i] for i in at], theirs, reason)
+            return
         self.log.append(records)
         self._give_slots(pages)
         if pages:

@@ -10,34 +10,42 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from hicache_ext.page import split_keys
 from storage_backends.base import Completion, Outcome, PageBatch, Residency
-from storage_backends.local.extents import Extent
+from storage_backends.format import SlotShape
+from storage_backends.local.disk import Disk
+from storage_backends.local.flights import begin_all
 from storage_backends.local.options import admission
 from storage_backends.local.policy import Admission
-from storage_backends.local.room import Grant, Room
-from storage_backends.local.slots import SlotGroup, rows
+from storage_backends.local.room import Grant, Part, Room
+from storage_backends.local.slots import CancelFlag, SlotGroup, rows
 from storage_backends.local.tier import Tier
+from storage_backends.local.writer import Writer
 
 _HIT = bytes((Outcome.HIT,))
 
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """Pages of one batch whose I/O begins together. The lists are by place in the group."""
+    """Pages of one batch and one disk whose I/O begins together. part: by place in the group."""
 
     completion: Completion
     batch: PageBatch
-    pages: list[int]
-    extents: list[Extent]
-    slots: list[int]
-    generations: list[int]
+    part: Part
     time_ns: int
     group: SlotGroup | None = None
+
+    @property
+    def disk(self) -> Disk:
+        return self.part.disk
+
+    def pages(self, places: Iterable[int]) -> list[int]:
+        """Their numbers in the batch."""
+        return [self.part.pages[place] for place in places]
 
 
 class Writes:
@@ -51,12 +59,11 @@ class Writes:
     def write(self, batch: PageBatch) -> Completion:
         tier = self._tier
         completion, cancelled = tier.completion(len(batch))
-        io = tier.io(batch)
-        bounced = io.must_bounce(batch)
         digest = batch.namespace.digest
+        shape = SlotShape.of_namespace(batch.namespace)
         with tier.lock:
             tier.expiry.meet(batch.namespace)
-            tier.directory.refresh()  # what another writer has is not written twice
+            tier.disks.refresh()  # what another writer has is not written twice
             # Links parents, touches the chain.
             found = tier.index.lookup(digest, batch.keys, batch.parents, False).tolist()
             wanted = [page for page, there in enumerate(found) if not there]
@@ -64,28 +71,44 @@ class Writes:
             grant = Grant()
             if wanted:
                 asks = tier.options.admission != "always"
-                admit = partial(self._admit, batch, io.shape.slot_bytes) if asks else None
-                grant = self._room.allocate(batch, wanted, io.shape, admit)
+                admit = partial(self._admit, batch, shape.slot_bytes) if asks else None
+                grant = self._room.allocate(batch, wanted, shape, admit)
             refused = self._refusals(grant)
-            tier.count_way(bounced, len(grant.pages))
+            for part in grant.parts:
+                part.disk.begun(len(part.pages))
         completion.settle_many(known, _HIT * len(known))
         completion.settle_many([page for page, _ in grant.refused], refused)
-        if not grant.pages:
-            return completion
         now = time.time_ns()
-        at, pages = 0, grant.pages
-        while at < len(pages):
-            flight = _Flight(
-                completion, batch, pages[at:], grant.extents[at:], grant.slots[at:], grant.generations[at:], now
-            )
-            ended = partial(self._done, flight)
-            group = io.group(batch, flight.pages, True, bounced, flight.extents, flight.slots, cancelled, ended)
-            count = len(group)
-            io.write_headers(group, batch, flight.pages[:count], flight.generations[:count], now)
-            at += count
-            flight.group = group
-            tier.slots.submit_slots(group)
+        flights = [_Flight(completion, batch, part, now) for part in grant.parts]
+        begin_all(flights, partial(self._begin, cancelled), self._abandon, tier.several)
         return completion
+
+    def _begin(self, cancelled: CancelFlag, flight: _Flight, timeout: float | None) -> _Flight | None:
+        batch, part = flight.batch, flight.part
+        io = part.disk.io(batch)
+        bounced = io.must_bounce(batch)
+        ended = partial(self._done, flight)
+        group = io.group(batch, part.pages, True, bounced, part.extents, part.slots, cancelled, ended, timeout)
+        if group is None:
+            return flight
+        count = len(group)
+        io.write_headers(group, batch, part.pages[:count], part.generations[:count], flight.time_ns)
+        flight.group = group
+        rest = part.after(count)
+        self._tier.count_way(bounced, count)
+        part.disk.slots.submit_slots(group)
+        return _Flight(flight.completion, batch, rest, flight.time_ns) if rest.pages else None
+
+    def _abandon(self, flight: _Flight) -> None:
+        """The disk went out of use before these pages' turn came."""
+        pages = flight.part.pages
+        with self._tier.lock:
+            flight.disk.flying -= len(pages)
+            self._tier.counts["rejected_disk_out"] += len(pages)
+            for extent in flight.part.extents:
+                extent.unpin()
+            self._room.landed(flight.batch.namespace.digest, split_keys(rows(flight.batch.keys, pages)))
+        flight.completion.settle_many(pages, [Outcome.REJECTED] * len(pages))
 
     def _admit(self, batch: PageBatch, slot_bytes: int, page: int) -> bool:
         """Whether a page is worth a write that something else must go for."""
@@ -112,52 +135,52 @@ class Writes:
         assert group is not None
         group.io.give(group, places)
         length = int(group.iov[: len(group.iov) // len(group), 1].sum())
+        part, disk = flight.part, flight.disk
         outcomes: list[int] = [Outcome.HIT] * len(places)
         stored = list(places)
         with tier.lock:
-            writer = tier.directory.writer
+            disk.ended(moved)
+            writer = disk.directory.writer
             assert writer is not None
-            extents = Counter([flight.extents[place] for place in places])
-            if any(result != length for result in moved) or any(extent.doomed for extent in extents):
+            extents = Counter([part.extents[place] for place in places])
+            if disk.out or any(result != length for result in moved) or any(extent.doomed for extent in extents):
                 stored = []
                 for at, (place, result) in enumerate(zip(places, moved, strict=True)):
-                    extent = flight.extents[place]
-                    if result == length and not extent.doomed:
+                    extent = part.extents[place]
+                    if result == length and not extent.doomed and not disk.out:
                         stored.append(place)
                     else:
-                        outcomes[at] = self._failed(result)
-                        writer.give_back(extent, flight.slots[place])
-            keys = self._publish(flight, stored)
+                        outcomes[at] = self._failed(result, disk)
+                        writer.give_back(extent, part.slots[place])
+            keys = self._publish(flight, writer, stored)
             for extent, pins in extents.items():
                 extent.unpin(pins)
-            ended = keys if len(stored) == len(places) else rows(flight.batch.keys, sorted(self._pages(flight, places)))
+            ended = keys if len(stored) == len(places) else rows(flight.batch.keys, sorted(flight.pages(places)))
             self._room.landed(group.namespace, split_keys(ended))
         tier.report(Residency.STORED, group.namespace, keys)
-        flight.completion.settle_many(self._pages(flight, places), outcomes)
+        flight.completion.settle_many(flight.pages(places), outcomes)
 
-    def _publish(self, flight: _Flight, places: list[int]) -> bytes:
+    def _publish(self, flight: _Flight, writer: Writer, places: list[int]) -> bytes:
         """The pages at these places are whole; their keys."""
         places.sort()  # they end in any order, and the batch's keys are taken out in its own
-        batch, pages = flight.batch, self._pages(flight, places)
+        batch, part, pages = flight.batch, flight.part, flight.pages(places)
         keys = rows(batch.keys, pages)
-        writer = self._tier.directory.writer
-        if places and writer is not None:
+        if places:
             writer.publish(
                 batch.namespace.digest, keys, None if batch.parents is None else rows(batch.parents, pages),
-                [flight.extents[place] for place in places], [flight.slots[place] for place in places],
-                [flight.generations[place] for place in places], flight.time_ns,
+                [part.extents[place] for place in places], [part.slots[place] for place in places],
+                [part.generations[place] for place in places], flight.time_ns,
             )  # fmt: skip
             self._tier.counts["stored"] += len(places)
         return keys
 
-    @staticmethod
-    def _pages(flight: _Flight, places: Sequence[int]) -> list[int]:
-        return [flight.pages[place] for place in places]
-
-    def _failed(self, moved: int) -> Outcome:
+    def _failed(self, moved: int, disk: Disk | None = None) -> Outcome:
         tier = self._tier
         if moved == -errno.ECANCELED:
             return Outcome.TIMEOUT
+        if moved > 0 and disk is not None and disk.out:
+            tier.counts["rejected_disk_out"] += 1
+            return Outcome.REJECTED
         if moved >= 0:  # cleared meanwhile, or the device took only a part
             tier.counts["rejected_cleared" if moved else "io_errors"] += 1
             return Outcome.REJECTED

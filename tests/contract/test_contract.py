@@ -25,9 +25,10 @@ def _memory(_: Path, __: ExitStack, dispatcher: Dispatcher, capacity: int = 64 <
     return MemoryBackend(MemoryBackend.Options.model_validate({"capacity": capacity}), dispatcher)
 
 
-def _local(engine: str) -> Callable[..., Backend]:
+def _local(engine: str, disks: int = 1) -> Callable[..., Backend]:
     def open_local(path: Path, _: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
-        options = {"path": path / "tier", "capacity": capacity, "engine": engine}
+        paths = [path / f"tier{disk}" for disk in range(disks)]
+        options = {"path": paths[0] if disks == 1 else paths, "capacity": capacity, "engine": engine}
         try:
             return LocalBackend(LocalBackend.Options.model_validate(options), dispatcher)
         except OptionError as error:
@@ -73,6 +74,8 @@ BACKENDS = {
     "local-threads": _local("threads"),
     "local-liburing": _local("liburing"),
     "local-native": _local("native"),
+    "local-two-disks": _local("threads", 2),
+    "local-native-three-disks": _local("native", 3),
     "redis": _redis(),
     "redis-in-pieces": _redis(lambda port: Proxy(port, piece=1500)),
     "redis-sealed": _redis(seal_key_env="HICACHE_EXT_TEST_KEY"),

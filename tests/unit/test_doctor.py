@@ -352,7 +352,7 @@ def test_text_has_a_fix_below_each_warning(tmp_path: Path) -> None:
     for i, line in enumerate(lines):
         if line.startswith(("warning", "error")) and line[:1].isalpha():
             assert "fix:" in lines[i + 1]
-    assert any(line.startswith("error") and "capacity" in line for line in lines)
+    assert sum(line.startswith("error") and "capacity" in line for line in lines) == 1, "said once"
     assert "in order" in lines[-1]
 
 

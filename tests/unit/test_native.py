@@ -481,7 +481,7 @@ def test_a_low_limit_of_locked_memory_is_said_once_and_lived_with(tmp_path: Path
 
 def test_a_file_system_without_direct_io_gets_the_next_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = DirectIo(False, 1, 1, "refused on purpose")
-    monkeypatch.setattr("storage_backends.local.backend.probe_direct", lambda path: refused)
+    monkeypatch.setattr("storage_backends.local.disk.probe_direct", lambda path: refused)
     dispatcher = Dispatcher()
     for choice, passed_over in (("auto", "native: the file system does no direct I/O"), ("native", "")):
         options = {"path": tmp_path / choice, "capacity": 16 << 20, "engine": choice}

@@ -1,0 +1,195 @@
+"""Our writer on each disk, as one: where pages would rather lie, and where there is room for them.
+
+Belongs here: the spread of pages over disks. Does not belong here: what goes to make room (room.py), or one folder
+(writer.py).
+
+A page's key says which disk it prefers, in proportion to the disks' capacities. That is a preference and no more: the
+index knows where each page lies, so any other disk with a free slot does, and disks may be added, removed or put in
+another order. What must go for a page is the tier's coldest, on whichever disk it lies, so chains lose their ends
+first as they do on one disk, and the page takes the slot that came free.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from hicache_ext.page import KEY_BYTES, Namespace
+from storage_backends.format import SlotShape
+from storage_backends.local.disk import Disk
+from storage_backends.local.disks import Disks
+from storage_backends.local.extents import Extent
+from storage_backends.local.index import Page
+from storage_backends.local.index_choice import AnyIndex
+from storage_backends.local.writer import Writer
+
+
+class Spot(NamedTuple):
+    """A free slot, pinned for one page."""
+
+    disk: Disk
+    extent: Extent
+    slot: int
+    generation: int
+
+
+class Writers:
+    """Not thread-safe: the tier's lock is around it."""
+
+    def __init__(
+        self, index: AnyIndex, disks: Disks, peers: dict[int, Writer], removed: Callable[[list[Page], str], None]
+    ) -> None:
+        self._index, self._disks, self._peers, self._removed = index, disks, peers, removed
+
+    # -- room ----------------------------------------------------------------------------------------------------
+
+    def claim(self, namespace: bytes) -> None:
+        """Become a writer on every disk in use. OSError when there is none on which that can be done."""
+        problem = OSError(errno.ENODEV, "no disk is in use")
+        claimed = []
+        for disk in self._disks.in_use:
+            if disk.gone:
+                problem = OSError(errno.ENOENT, "the tier's directory is gone")
+            elif disk.directory.writer is None:
+                try:
+                    claimed.append((disk, disk.directory.claim(namespace, self._removed)))
+                except OSError as error:
+                    problem = error
+                    disk.failed(error.errno or errno.EIO)
+        if claimed:
+            # Together, so that pages of one disk do not all go before those of the next.
+            self._index.adopt(*[writer.number for _, writer in claimed])
+            for disk, writer in claimed:
+                disk.directory.settle()
+                disk.upkeep.claimed(writer)
+        if not self._members():
+            raise problem
+
+    def take(self, namespace: bytes, keys: bytes) -> list[Spot]:
+        """Slots for the first of these keys, as many as are free."""
+        members = self._members()
+        count = len(keys) // KEY_BYTES
+        if len(members) == 1:
+            ((disk, writer),) = members
+            places = writer.take(namespace, count)
+            generations = writer.next_generations(len(places))
+            return [Spot(disk, *place, number) for place, number in zip(places, generations, strict=True)]
+        free = [len(writer.free.get(namespace, ())) for _, writer in members]
+        chosen = []
+        for choice in self._preferred(members, keys)[: sum(free)]:
+            at = choice if free[choice] else max(range(len(free)), key=free.__getitem__)
+            free[at] -= 1
+            chosen.append(at)
+        sources = []
+        for at, (disk, writer) in enumerate(members):
+            places = writer.take(namespace, chosen.count(at))
+            generations = writer.next_generations(len(places))
+            sources.append(iter([Spot(disk, *p, number) for p, number in zip(places, generations, strict=True)]))
+        return [next(sources[at]) for at in chosen]
+
+    def grow(self, namespace: Namespace, shape: SlotShape, keys: bytes) -> bool:
+        """See that slots are free where these keys want them, or else anywhere; whether any is.
+
+        OSError when no extent could be added though one was wanted, and not for a full disk.
+        """
+        members = self._members()
+        wanted = Counter(self._preferred(members, keys))
+        free = [len(writer.free.get(namespace.digest, ())) for _, writer in members]
+        grown, problems = False, list[OSError]()
+
+        def grow(at: int) -> bool:
+            nonlocal grown
+            disk, writer = members[at]
+            try:
+                if not disk.directory.grow(namespace, shape):
+                    return False
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    problems.append(error)
+                    disk.failed(error.errno or errno.EIO)
+                return False
+            grown = True
+            free[at] = len(writer.free[namespace.digest])
+            return True
+
+        able = list(range(len(members)))
+        for at in able:
+            # On one disk an extent is filled before the next is made: what no log names yet is overwritten last.
+            while free[at] < (wanted[at] if len(members) > 1 else 1) and grow(at):
+                pass
+        while not sum(free) and able:
+            if not grow(able[0]):
+                del able[0]
+        if problems and not grown:
+            raise problems[0]
+        return sum(free) > 0
+
+    def loose(self) -> set[bytes]:
+        """Namespaces with extents that may go."""
+        return {namespace for _, writer in self._members() for namespace in writer.loose()}
+
+    def descriptions(self) -> list[tuple[bytes, bytes]]:
+        """Of the namespaces that have extents here, what they are."""
+        return [
+            (namespace, next(iter(extents.values())).header.description)
+            for writer in self._peers.values()
+            for namespace, extents in writer.by_namespace.items()
+        ]
+
+    def larger(self, namespace: bytes) -> set[bytes]:
+        """Namespaces with extents that may go, and on some disk more of them than this one."""
+        return {other for _, writer in self._members() for other in writer.larger(namespace)}
+
+    def reclaim(self, namespace: bytes, taker: Namespace, shape: SlotShape) -> bool:
+        """As Writer.reclaim, on the disk where the namespace has most extents, or the next."""
+        writers = [writer for _, writer in self._members() if namespace in writer.by_namespace]
+        writers.sort(key=lambda writer: -len(writer.by_namespace[namespace]))
+        return any(writer.reclaim(namespace, taker, shape) for writer in writers)
+
+    def take_abandoned(self, namespace: Namespace, shape: SlotShape) -> bool:
+        """As Directory.take_abandoned, on any disk."""
+        return any(disk.directory.take_abandoned(namespace, shape) for disk, _ in self._members())
+
+    def look_ahead(self, namespace: Namespace, shape: SlotShape, short: bool) -> None:
+        """A batch of this namespace came; short: something had to go for it, or it was refused."""
+        for disk, writer in self._members():
+            if short:
+                disk.directory.wanted_at = time.monotonic()
+            if writer.is_short(namespace.digest):
+                disk.directory.want(namespace, shape)
+
+    # -- pages ---------------------------------------------------------------------------------------------------
+
+    def forget(self, pages: list[Page], reason: str) -> None:
+        """As Writer.forget, of whichever of our writers."""
+        for writer in list(self._peers.values())[:1]:
+            writer.forget(pages, reason)
+
+    def forgotten(self, pages: list[Page], records: bytes, reason: str) -> None:
+        """As Writer.forgotten, of whichever of our writers."""
+        for writer in list(self._peers.values())[:1]:
+            writer.forgotten(pages, records, reason)
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _members(self) -> list[tuple[Disk, Writer]]:
+        return [
+            (disk, disk.directory.writer)
+            for disk in self._disks.in_use
+            if disk.directory.writer is not None and not disk.gone and not disk.out
+        ]
+
+    @staticmethod
+    def _preferred(members: list[tuple[Disk, Writer]], keys: bytes) -> list[int]:
+        """Of each key: the number of its disk among the members."""
+        if len(members) < 2:
+            return [0] * (len(keys) // KEY_BYTES)
+        parts = np.cumsum([disk.capacity for disk, _ in members], dtype=np.float64)
+        draws = np.frombuffer(keys, ">u8")[:: KEY_BYTES // 8].astype(np.float64) / 2.0**64
+        found: list[int] = np.minimum(np.searchsorted(parts / parts[-1], draws, "right"), len(members) - 1).tolist()
+        return found
