@@ -95,7 +95,14 @@ def _disks(chosen: TierConfig) -> list[tier.Place]:
     places = options.places
     names = [chosen.label] if len(places) == 1 else [f"{chosen.label} disk {i}" for i in range(len(places))]
     return [
-        tier.Place(name, path, capacity, options.engine, tuple(other for other in places if other[0] != path))
+        tier.Place(
+            name,
+            path,
+            capacity,
+            options.engine,
+            tuple(other for other in places if other[0] != path),
+            options.metadata,
+        )
         for name, (path, capacity) in zip(names, places, strict=True)
     ]
 

@@ -5,18 +5,23 @@ Belongs here: what concerns one `path`. Does not belong here: the whole configur
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ByteSize
 
 from hicache_ext.doctor import disk
 from hicache_ext.doctor.finding import Finding, error, ok, warning
+from storage_backends.base import OptionError
+from storage_backends.format import FormatError
+from storage_backends.local.device import home_of, is_device, is_missing_device, placement_of, usable_bytes
 from storage_backends.local.extents import extent_numbers
-from storage_backends.local.files import DirectIo, probe_direct
+from storage_backends.local.files import DirectIo, alignment_of, probe_direct
 from storage_backends.local.options import nearest
 from storage_backends.local.survey import NamespaceSummary, NotATier, Problem, Trouble, summarise, survey
 
@@ -31,17 +36,20 @@ _EXTENT_BYTES, _EXTENTS_PER_SHARE = 1 << 30, 32
 @dataclass(frozen=True)
 class Place:
     """One path of a local tier as configured. label: the tier's name. capacity: bytes. engine: as asked for. others:
-    path and capacity of the tier's other disks."""
+    path and capacity of the tier's other disks. metadata: where a device has its locks and logs."""
 
     label: str
     path: Path
     capacity: int
     engine: str = "auto"
     others: tuple[tuple[Path, int], ...] = ()
+    metadata: Path | None = None
 
 
 def probe(place: Place) -> list[Finding]:
     """Everything about one tier; the first finding says where."""
+    if is_missing_device(place.path) or is_device(place.path):
+        return device(place)
     exists = nearest(place.path)
     findings = [path(place, exists), disk.probe(f"{place.label}: disk", exists)]
     if exists.is_dir() and os.access(exists, os.W_OK | os.X_OK):
@@ -60,6 +68,39 @@ def probe(place: Place) -> list[Finding]:
         *contents(place),
     ]
     return findings
+
+
+def device(place: Place) -> list[Finding]:
+    """A raw device, and the directory of its locks and logs."""
+    title = f"{place.label}: path"
+    try:
+        home, room = home_of(place.path, place.metadata), usable_bytes(place.path)
+        fd = os.open(place.path, os.O_RDWR | os.O_CLOEXEC)
+    except OptionError as problem:
+        return [error(title, f"{place.path}: {problem.problem}", problem.fix)]
+    except OSError as problem:
+        return [
+            error(
+                title, f"{place.path}: {problem.strerror}", "name a device that is there and that this user may write"
+            )
+        ]
+    try:
+        direct, status = alignment_of(place.path, fd), os.fstat(fd)
+    finally:
+        os.close(fd)
+    if stat.S_ISBLK(status.st_mode):
+        below = disk.judge(f"{place.label}: disk", disk.Mount("", "raw device", ""), *disk.block_device(status.st_rdev))
+    else:
+        below = disk.probe(f"{place.label}: disk", place.path)
+    inside = replace(place, path=home)
+    return [
+        ok(title, f"{place.path}, locks and logs in {home}"),
+        below,
+        direct_io(place.label, direct),
+        space(place, max(0, room - _held(home)), room, _held(home)),
+        descriptors(place, _extents_in(home), *resource.getrlimit(resource.RLIMIT_NOFILE)),
+        *contents(inside),
+    ]
 
 
 def path(place: Place, exists: Path) -> Finding:
@@ -162,6 +203,15 @@ def _extents_in(directory: Path) -> int:
 
 def _bytes_in(directory: Path) -> int:
     return sum(extent.stat().st_size for extent in directory.glob("w*/e*.ext") if extent.is_file())
+
+
+def _held(home: Path) -> int:
+    """Bytes of a device that have their place (bytes)."""
+    held = 0
+    for file in home.glob("w*/e*.ext"):
+        with contextlib.suppress(FormatError, OSError):
+            held += placement_of(file).length
+    return held
 
 
 def _size(value: int) -> str:

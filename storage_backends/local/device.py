@@ -102,6 +102,52 @@ def is_device(path: Path) -> bool:
     return stat.S_ISBLK(kind) or stat.S_ISREG(kind)
 
 
+def is_missing_device(path: Path) -> bool:
+    """Whether this can only be a device, and is not there: a directory must not be made in its place."""
+    return path.is_relative_to("/dev") and not path.is_relative_to("/dev/shm") and not path.exists()
+
+
+def home_of(path: Path, metadata: Path | None) -> Path:
+    """Where the folders, locks and logs of a disk lie: the directory itself, or a device's part of the metadata.
+
+    Raises OptionError, OSError.
+    """
+    if is_missing_device(path):
+        raise OSError(errno.ENODEV, f"{path} is not there")
+    if not is_device(path):
+        return path
+    if metadata is None and path.is_file():
+        raise OptionError(
+            "path", str(path), "is not a directory", "name a directory; or set `metadata` to use the file as a device"
+        )
+    if metadata is None:
+        raise OptionError(
+            "metadata", "", f"{path} is a device, and its locks and logs need a directory",
+            "add `metadata:` with a directory that outlives the server, such as /var/lib/hicache-ext",
+        )  # fmt: skip
+    return metadata / path.name
+
+
+def probe(path: Path) -> None:
+    """Whether a device that holds a tier answers, with what belongs there. OSError when it does not."""
+    memory = OwnedMemory(BLOCK)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if _direct(path) else 0))
+    try:
+        got = os.preadv(fd, [memory.view], 0)
+    finally:
+        os.close(fd)
+    if got < BLOCK or bytes(memory.view[:8]) != _SUPERBLOCK:
+        raise OSError(errno.EIO, f"{path} does not hold its superblock any more")
+
+
+def _direct(path: Path) -> bool:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return alignment_of(path, fd).works
+    finally:
+        os.close(fd)
+
+
 def usable_bytes(path: Path) -> int:
     """Room for extents. OSError where the device cannot be opened."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from storage_backends.base import OptionError, PageBatch
 from storage_backends.format import FormatError
+from storage_backends.local.device import Device, home_of
 from storage_backends.local.directory import FOLDERS, Directory
 from storage_backends.local.engine import IoEngine, open_engine
 from storage_backends.local.extents import Extent, ExtentFiles
@@ -48,10 +49,13 @@ class Around:
     peers: dict[int, Writer]
     engine: str
     several: bool
+    metadata: Path | None = None
 
 
 class Disk:
     """Not thread-safe, but for `io` and `maintain`: the tier's lock is around it.
+
+    path: as configured, a directory or a device. home: the directory of its folders.
 
     gone: the directory is no longer there. out: why the disk is out of use ("": it is not); it does not come back, but
     another Disk may take its place. flying: pages on their way. answered: when one of them last ended, seen: when the
@@ -64,12 +68,17 @@ class Disk:
         self._around = around
         self._lock = around.lock
         self.stopping = CancelFlag()
-        path.mkdir(parents=True, exist_ok=True)
-        direct = self.direct = probe_direct(path)
+        home = self.home = home_of(path, around.metadata)
+        if home == path:
+            path.mkdir(parents=True, exist_ok=True)
+            files = ExtentFiles(probe_direct(path))
+        else:
+            files = Device(path, home)
+        direct = self.direct = files.direct
         try:
             with self._lock:
                 self.directory = Directory(
-                    path, capacity, ExtentFiles(direct), around.index, around.rules, number * FOLDERS, around.peers,
+                    home, capacity, files, around.index, around.rules, number * FOLDERS, around.peers,
                     seconds,
                 )  # fmt: skip
         except FormatError as error:  # a folder of a version that we do not know

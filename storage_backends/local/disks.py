@@ -22,6 +22,8 @@ from pathlib import Path
 
 from storage_backends.base import OptionError
 from storage_backends.buffers import OwnedMemory
+from storage_backends.local import device
+from storage_backends.local.device import home_of
 from storage_backends.local.directory import FOLDERS, FORMAT
 from storage_backends.local.disk import Around, Disk
 from storage_backends.local.files import open_extent, probe_direct
@@ -183,7 +185,7 @@ class Disks:
         if time.monotonic() < bay.probe_at:
             return
         try:
-            probe(bay.path)
+            probe(bay.path, home_of(bay.path, self._around.metadata))
             disk = Disk(bay.number, bay.path, bay.capacity, self._around, 0.0)
         except (OptionError, OSError) as error:
             bay.reason = str(error)
@@ -242,13 +244,17 @@ class Disks:
         bay.emptied = True
 
 
-def probe(path: Path) -> None:
-    """Whether a tier's directory is there, and takes and gives bytes, old ones too. Makes nothing that stays.
+def probe(path: Path, home: Path) -> None:
+    """Whether a disk is there, and takes and gives bytes, old ones too. Makes nothing that stays.
+
+    home: the directory of its folders; another than `path` where that is a device.
 
     Raises OSError.
     """
-    os.stat(path / FORMAT)
-    data, file = os.urandom(_PROBE_BYTES), path / f".probe-{os.getpid()}-{os.urandom(4).hex()}"
+    os.stat(home / FORMAT)
+    if home != path:
+        device.probe(path)
+    data, file = os.urandom(_PROBE_BYTES), home / f".probe-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         with open(file, "xb", buffering=0) as target:
             target.write(data)
@@ -258,8 +264,8 @@ def probe(path: Path) -> None:
             raise OSError("gives other bytes than it took")
     finally:
         file.unlink(missing_ok=True)
-    extents = list(path.glob("w*/e*.ext"))
-    memory, direct = OwnedMemory(_PROBE_BYTES), probe_direct(path)
+    extents = list(home.glob("w*/e*.ext"))
+    memory, direct = OwnedMemory(_PROBE_BYTES), probe_direct(home)
     for extent in random.choices(extents, k=_PROBE_READS) if extents else ():
         fd = open_extent(extent, direct, write=False)
         try:

@@ -14,6 +14,7 @@ from pydantic import ByteSize, Field, PlainValidator, TypeAdapter, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from storage_backends.base import BackendOptions, OptionError
+from storage_backends.local.device import home_of, usable_bytes
 from storage_backends.local.policy import DEFAULT, Admission, Always, SecondHit, WriteBudget
 from storage_backends.local.rules import Duration, NamespaceRule, Rules
 
@@ -43,8 +44,9 @@ def _one_or_list(kind: Any) -> PlainValidator:
 
 
 class LocalOptions(BackendOptions):
-    """path: directory on the disk, or a list of them, one on each disk. capacity: bytes for all processes that use the
-    directories together; of several, in equal parts, or a list of as many.
+    """path: directory on the disk, or a list of them, one on each disk; a raw block device will do as well. capacity:
+    bytes for all processes that use them together; of several, in equal parts, or a list of as many. metadata: where
+    devices have their locks and logs, in a directory named as the device.
 
     engine: what moves the bytes ("auto": the best that works here). eviction: the order in which pages go when room is
     short, always the ends of chains first. admission: which pages are worth a write once the tier is full
@@ -55,6 +57,7 @@ class LocalOptions(BackendOptions):
 
     path: Annotated[Path | tuple[Path, ...], _one_or_list(Path)]
     capacity: Annotated[ByteSize | tuple[ByteSize, ...], _one_or_list(Annotated[ByteSize, Field(ge=_MIN_CAPACITY)])]
+    metadata: Path | None = None
     engine: Literal["auto", "native", "liburing", "threads"] = "auto"
     eviction: Literal["credit", "lru", "s3fifo"] = DEFAULT  # type: ignore[assignment]
     admission: Literal["always", "second_hit", "write_budget"] = "always"
@@ -106,6 +109,10 @@ def check(options: LocalOptions) -> None:
     wanted: dict[int, int] = {}
     room: dict[int, int] = {}
     for path, capacity in options.places:
+        home = _home(path, options.metadata)
+        if home != path:
+            _check_device(path, home, capacity)
+            continue
         place = nearest(path)
         if not place.is_dir():
             raise OptionError("path", str(path), f"{place} is not a directory", "name a directory")
@@ -122,6 +129,31 @@ def check(options: LocalOptions) -> None:
                 f"the disk has {ByteSize(room[device]).human_readable()}",
                 "lower it, or name a directory on a larger disk",
             )  # fmt: skip
+
+
+def _home(path: Path, metadata: Path | None) -> Path:
+    try:
+        return home_of(path, metadata)
+    except OSError as error:
+        raise OptionError(
+            "path", str(path), error.strerror or str(error), "name a device that is there, or a directory"
+        ) from error
+
+
+def _check_device(path: Path, home: Path, capacity: int) -> None:
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise OptionError("path", str(path), "may not be read and written by this user", "chown it, or name another")
+    place = nearest(home)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OptionError(
+            "metadata", str(home), f"{place} is no directory that this user may write", "chown it, or name another"
+        )
+    room = usable_bytes(path)
+    if capacity > room:
+        raise OptionError(
+            "capacity", ByteSize(capacity).human_readable(), f"{path} has {ByteSize(room).human_readable()}",
+            "lower it, or name a larger device",
+        )  # fmt: skip
 
 
 def distinct(options: LocalOptions) -> None:

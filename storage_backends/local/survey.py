@@ -24,7 +24,7 @@ from typing import Any
 from hicache_ext.page import NO_PARENT
 from storage_backends.format import BLOCK, FORMAT_LINE, VERSION, ExtentHeader, FormatError, UnknownVersion
 from storage_backends.local.device import LOCK as DEVICE_LOCK
-from storage_backends.local.device import MARK, device_of, placement_of
+from storage_backends.local.device import MARK, device_of, is_device, placement_of
 from storage_backends.local.extents import extent_number, retired_number
 from storage_backends.local.files import is_locked
 from storage_backends.local.folder import LOCK, folder_number
@@ -155,6 +155,10 @@ class Survey:
 def survey(path: Path) -> Survey:
     """Everything but payloads. Raises NotATier."""
     found = Survey(path)
+    if is_device(path):
+        raise NotATier(
+            f"{path}: a device or a file. Fix: name the directory of a tier, for a device the one below `metadata`"
+        )
     try:
         names = sorted(os.listdir(path))
         _check_format(path, names)

@@ -72,7 +72,7 @@ class Tier:
         places = options.places
         self.several = len(places) > 1
         peers: dict[int, Writer] = {}
-        around = Around(index, rules, self.lock, peers, options.engine, self.several)
+        around = Around(index, rules, self.lock, peers, options.engine, self.several, options.metadata)
         self.disks = Disks(places, around, self.removed, self._expire)
         self.writers = Writers(index, self.disks, peers, self.removed)
 

@@ -14,6 +14,7 @@ import pytest
 from storage_backends.base import Backend, Completion, Dispatcher, OptionError, Outcome, Residency
 from storage_backends.local import LocalBackend
 from storage_backends.memory import MemoryBackend
+from tests.devices import blank_device
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.proxy import Proxy
 from tests.redis_server import RedisServer
@@ -37,6 +38,14 @@ def _local(engine: str, disks: int = 1) -> Callable[..., Backend]:
             pytest.skip(str(error))
 
     return open_local
+
+
+def _device(path: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+    raw = path / "disk.img"
+    if not raw.exists():
+        stack.enter_context(blank_device("file", raw, (80 << 20)))
+    options = {"path": raw, "metadata": path / "metadata", "capacity": capacity, "engine": "threads"}
+    return LocalBackend(LocalBackend.Options.model_validate(options), dispatcher)
 
 
 def _redis(through: Callable[[int], Proxy] | None = None, **more: object) -> Callable[..., Backend]:
@@ -76,6 +85,7 @@ BACKENDS = {
     "local-native": _local("native"),
     "local-two-disks": _local("threads", 2),
     "local-native-three-disks": _local("native", 3),
+    "local-device": _device,
     "redis": _redis(),
     "redis-in-pieces": _redis(lambda port: Proxy(port, piece=1500)),
     "redis-sealed": _redis(seal_key_env="HICACHE_EXT_TEST_KEY"),
