@@ -119,7 +119,11 @@ class Reads:
             return held, [extents[place] for place in where]
         lost = [handle for place, handle in zip(where, held.handles, strict=True) if place not in extents]
         for handle in lost:
-            tier.drop(tier.index.pinned(handle), "lost")
+            page = tier.index.pinned(handle)
+            if (
+                tier.disks.of(page.folder) is not None
+            ):  # a disk that is being opened has its pages known before it is used
+                tier.drop(page, "lost")
         tier.index.unpin(lost)
         there = [i for i, place in enumerate(where) if place in extents]
         return _pages_of(held, there), [extents[where[i]] for i in there]

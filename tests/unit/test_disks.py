@@ -213,7 +213,8 @@ def test_a_restart_with_a_disk_missing_and_with_it_back(
     assert store(again, chain("b", 10)) == [Outcome.HIT] * 10
     two[1].parent.unlink()
     (tmp_path / "elsewhere").rename(two[1].parent)
-    until(lambda: found(again, keys) == [1] * 100)
+    until(lambda: again.stats()["disks_out"] == 0)
+    assert found(again, keys) == [1] * 100
     assert served(again, keys) == [Outcome.HIT] * 100
 
 
