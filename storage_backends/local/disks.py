@@ -39,7 +39,7 @@ _LONGEST_PROBE_SECONDS = 60.0
 #: A disk that was in use for so long is not taken for one that comes and goes.
 _STAYED_SECONDS = 600.0
 _PROBE_BYTES = 4096
-_PROBE_READS = 32
+_PROBE_READS = 256
 
 
 class Bay:
@@ -137,11 +137,12 @@ class Disks:
 
     def close(self, until: float) -> bool:
         """By `until` (monotonic seconds); whether every device answered."""
-        self._closing.set()
-        for disk in [bay.disk for bay in self.bays if bay.disk is not None]:
+        with self._lock:
+            self._closing.set()
+            disks = self._open()
+        for disk in disks:
             disk.stopping.set()
         quiet: list[bool] = []
-        disks = self._open()
         closers = [threading.Thread(target=lambda d=disk: quiet.append(d.close(until)), daemon=True) for disk in disks]
         for thread in closers:
             thread.start()
@@ -186,20 +187,18 @@ class Disks:
             return
         try:
             probe(bay.path, home_of(bay.path, self._around.metadata))
-            disk = Disk(bay.number, bay.path, bay.capacity, self._around, 0.0)
+            with self._lock:  # what its logs say is known to the index and served at once
+                if self._closing.is_set():
+                    return
+                disk = Disk(bay.number, bay.path, bay.capacity, self._around, 0.0)
+                bay.take_in(disk)
+                self._count()
         except (OptionError, OSError) as error:
             bay.reason = str(error)
             bay.wait(time.monotonic())
             return
         for address, length in list(self._memory):
             disk.engine.register_memory(address, length)
-        with self._lock:
-            if not self._closing.is_set():
-                bay.take_in(disk)
-                self._count()
-        if bay.disk is not disk:
-            disk.close(time.monotonic() + 1.0)
-            return
         logger.warning("local tier: disk %s is in use again", bay.path)
 
     def _watch(self) -> None:

@@ -112,13 +112,13 @@ def test_were_it_deleted_under_the_lock_they_would_wait(tier: Open, monkeypatch:
     backend = tier()
     store(backend, A, chain("a", 12))
     store(backend, B, chain("b", 12))
-    kept = backend._supply._patiently
+    kept = backend._disks.in_use[0].supply._patiently
 
     def locked(act: Callable[[], Any]) -> Any:
         with backend._lock:
             return kept(act)
 
-    backend._supply._patiently = locked  # type: ignore[method-assign, assignment]
+    backend._disks.in_use[0].supply._patiently = locked  # type: ignore[method-assign, assignment]
     gate.shut = True
     backend.clear([B])
     assert gate.entered.wait(10)
@@ -151,7 +151,7 @@ def test_what_will_be_needed_is_made_before(tier: Open, monkeypatch: pytest.Monk
     backend = tier()
     for turn in range(12):
         assert set(store(backend, A, chain(str(turn), 3))) == {Outcome.HIT}
-        until(lambda: not backend._directory.short)
+        until(lambda: not backend._disks.in_use[0].directory.short)
     assert len(gate.threads) > 2
     assert set(gate.threads[1:]) == {"hicache-supply"}, "only a namespace's first extent is made in a write"
 
@@ -182,7 +182,7 @@ def test_pages_of_a_former_use_do_not_come_back(tier: Open, tmp_path: Path, forg
     keys = chain("old", 12)
     store(backend, A, keys)
     with backend._lock:
-        writer = backend._directory.writer
+        writer = backend._disks.in_use[0].directory.writer
         assert writer is not None
         (number,) = writer.extents
         for taker in (B, A):  # the same namespace has it again in the end
@@ -200,7 +200,7 @@ def test_pages_of_a_former_use_do_not_come_back(tier: Open, tmp_path: Path, forg
             file.write(ExtentHeader(1, *list(vars(header).values())[1:]).encode())
     again = tier()
     store(again, A, chain("new", 1))
-    for thread in again._upkeep.threads:
+    for thread in again._disks.in_use[0].upkeep.threads:
         if thread.name == "hicache-scan":
             thread.join(20)
     assert (found(again, A, keys) > 0) == forged
@@ -211,7 +211,7 @@ def test_what_a_crash_left_half_deleted_is_cleaned_up(tier: Open, tmp_path: Path
     store(first, A, chain("a", 4))
     first.close()
     folder = tmp_path / "tier" / "w0"
-    ExtentFiles(first._direct).retire(folder, extent_numbers(folder)[0])
+    ExtentFiles(first._disks.in_use[0].direct).retire(folder, extent_numbers(folder)[0])
     (tmp_path / "tier" / "w7").mkdir()
     (tmp_path / "tier" / "w7" / "e0000000003.gone").write_bytes(bytes(8192))
     again = tier()
@@ -224,7 +224,7 @@ def test_a_retired_extent_waits_for_what_still_uses_it(tier: Open, tmp_path: Pat
     backend = tier()
     store(backend, A, chain("a", 4))
     with backend._lock:
-        writer = backend._directory.writer
+        writer = backend._disks.in_use[0].directory.writer
         assert writer is not None
         extent: Extent = next(iter(writer.extents.values()))
         extent.pins += 1
