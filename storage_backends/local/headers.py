@@ -77,8 +77,20 @@ def read_headers_python(extent: Extent, slots: Sequence[int], stop: CancelFlag) 
         except (OSError, FormatError):
             continue
         if header is not None:
-            found.append(Found(slot, header.generation, header.time_ns, header.namespace, header.key, header.parent))
+            found.append(_found(slot, header))
     return found
+
+
+def found_in(slot: int, header: memoryview) -> Found | None:
+    """What this header of `slot` says, which was read; None where it is not whole."""
+    try:
+        return _found(slot, SlotHeader.decode(header))
+    except FormatError:
+        return None
+
+
+def _found(slot: int, header: SlotHeader) -> Found:
+    return Found(slot, header.generation, header.time_ns, header.namespace, header.key, header.parent)
 
 
 def _read(extent: Extent, slot: int, room: memoryview) -> SlotHeader | None:

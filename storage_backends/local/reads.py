@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from storage_backends.local.directory import FOLDERS
 from storage_backends.local.disk import Disk
 from storage_backends.local.extents import Extent
 from storage_backends.local.flights import begin_all
+from storage_backends.local.headers import Found, found_in
 from storage_backends.local.index import Pinned
 from storage_backends.local.slots import CancelFlag, SlotGroup, Verdict
 from storage_backends.local.tier import Tier
@@ -83,7 +84,7 @@ class Reads:
         places = range(len(flight.extents))
         with self._tier.lock:
             flight.disk.flying -= len(places)
-            self._unpin(flight, places)
+            self._unpin(flight, places, {})
         flight.completion.settle_many(flight.held.pages, [Outcome.MISS] * len(places))
 
     def _pin(self, batch: PageBatch) -> Pinned:
@@ -129,8 +130,14 @@ class Reads:
         return _pages_of(held, there), [extents[where[i]] for i in there]
 
     def _done(self, flight: _Flight, places: Sequence[int], moved: Sequence[int], verdicts: bytes) -> None:
-        assert flight.group is not None
-        flight.group.io.give(flight.group, places)
+        group = flight.group
+        assert group is not None
+        others = {
+            place: found
+            for place, verdict in zip(places, verdicts, strict=True)
+            if verdict == Verdict.OTHER_PAGE and (found := found_in(group.numbers[place], group.header(place)))
+        }
+        group.io.give(group, places)
         outcomes: Sequence[int] = _HIT * len(places)
         with self._tier.lock:
             flight.disk.ended(moved)
@@ -139,7 +146,7 @@ class Reads:
                     self._outcome(flight, place, result, verdict)
                     for place, result, verdict in zip(places, moved, verdicts, strict=True)
                 ]
-            self._unpin(flight, places)
+            self._unpin(flight, places, others)
         flight.completion.settle_many([flight.held.pages[place] for place in places], outcomes)
 
     def _outcome(self, flight: _Flight, place: int, moved: int, verdict: int) -> Outcome:
@@ -157,8 +164,10 @@ class Reads:
         if verdict == Verdict.VALID:
             return Outcome.HIT
         page = tier.index.pinned(handle)
-        if verdict == Verdict.OTHER_PAGE and not page.own:
-            tier.drop(page, "lost_race")  # its writer reused the slot: the end of every eviction
+        if verdict == Verdict.OTHER_PAGE:
+            # Its writer reused the slot, the end of every eviction; or our log is older than our data, and what it
+            # names stood in the way of the page that is there (`_unpin` takes that in).
+            tier.drop(page, "stale" if page.own else "lost_race")
             return Outcome.MISS
         what = Verdict(verdict).name.lower().replace("_", " ")
         tier.say("corrupt", "a page failed verification (%s) and is quarantined", what)
@@ -167,7 +176,8 @@ class Reads:
             tier.erase(flight.extents[place], page.slot)
         return Outcome.CORRUPT
 
-    def _unpin(self, flight: _Flight, places: Sequence[int]) -> None:
+    def _unpin(self, flight: _Flight, places: Sequence[int], others: Mapping[int, Found]) -> None:
+        """others: what the slots hold in which another page than ours was found."""
         held, extents = flight.held, flight.extents
         writer = flight.disk.directory.writer
         freed = self._tier.index.unpin([held.handles[place] for place in places])
@@ -181,6 +191,8 @@ class Reads:
             # A page of ours that was removed while it was being read: its slot could not be freed then.
             if last and held.own[place]:
                 writer.give_back(extents[place], held.slots[place])
+                if place in others:
+                    writer.recover(extents[place], [others[place]], writer.newest_generation)
 
 
 def _pages_of(held: Pinned, at: Sequence[int]) -> Pinned:

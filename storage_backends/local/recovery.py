@@ -90,6 +90,10 @@ class HeaderScan:
         for at in range(0, len(found), _PIECE):
             with self._lock:
                 self.found += self._writer.recover(extent, found[at : at + _PIECE], newest)
+        for at in range(0, len(wanted), _PIECE):
+            with self._lock:
+                if not self._stop.is_set():  # else not all of them were looked at
+                    self._writer.looked_at(extent, wanted[-at - _PIECE : len(wanted) - at])
 
     def _read(self, extent: Extent, slots: Sequence[int]) -> list[Found]:
         """Nothing holds these slots still: `Writer.recover` looks again under the lock."""

@@ -65,7 +65,7 @@ def _done(group: SlotGroup, page: int, moved: int) -> None:
     if moved >= 0 and not group.write:
         io = group.io
         verdict = judge(
-            io.shape, group.namespace, group.key(page), _header(group, page), group.payload[page], io.lengths, moved
+            io.shape, group.namespace, group.key(page), group.header(page), group.payload[page], io.lengths, moved
         )
         if verdict is Verdict.VALID:
             _copy(group, page)
@@ -80,7 +80,7 @@ def _seal(group: SlotGroup, page: int) -> None:
         end = int(group.headers[page]) + io.shape.header_bytes + io.shape.payload_bytes
         ctypes.memset(end, 0, int(group.headers[page]) + io.shape.slot_bytes - end)
     crcs = chunk_crcs(np.ascontiguousarray(group.payload[page]), io.lengths)
-    seal_header(_header(group, page), len(io.lengths), crcs)
+    seal_header(group.header(page), len(io.lengths), crcs)
 
 
 def _copy(group: SlotGroup, page: int) -> None:
@@ -91,8 +91,3 @@ def _copy(group: SlotGroup, page: int) -> None:
     targets, sources = (ours, theirs) if group.write else (theirs, ours)
     for target, source, length in zip(targets, sources, group.io.lengths.tolist(), strict=True):
         ctypes.memmove(target, source, length)
-
-
-def _header(group: SlotGroup, page: int) -> memoryview:
-    raw = (ctypes.c_char * group.io.shape.header_bytes).from_address(int(group.headers[page]))
-    return memoryview(raw).cast("B")

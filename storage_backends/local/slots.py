@@ -7,6 +7,7 @@ nothing of slots).
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -81,6 +82,11 @@ class SlotGroup:
 
     def __len__(self) -> int:
         return len(self.extents)
+
+    def header(self, page: int) -> memoryview:
+        """The header's memory: the group's until it is given back."""
+        raw = (ctypes.c_char * self.io.shape.header_bytes).from_address(int(self.headers[page]))
+        return memoryview(raw).cast("B")
 
     def key(self, page: int) -> bytes:
         return self.keys[page * KEY_BYTES : (page + 1) * KEY_BYTES]

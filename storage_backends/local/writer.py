@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hicache_ext.page import Namespace
 from storage_backends.format import BLOCK, ExtentHeader, FormatError, SlotShape, UnknownVersion
@@ -47,7 +47,8 @@ RemovedListener = Callable[[list[Page], str], None]
 class Writer:
     """Owner of one folder. Not thread-safe: the tier's lock is around every method.
 
-    extents: by number; by_namespace has the same. free: slots that hold nothing, per namespace. leaving: extents that
+    extents: by number; by_namespace has the same. free: slots that hold nothing, per namespace, the last of
+    them first to be taken; at the far end those in which the header scan may yet find a page. leaving: extents that
     were given up, whose space is not free yet. disk_bytes: what all of them take on the disk, planned ones too. recent:
     bytes of our pages hit and stored of late. peers: this process's writers, one on each disk, by number; this one
     joins them. Chains span disks, so what goes with a page of one may be a page of another.
@@ -412,6 +413,15 @@ class Writer:
         extent = self.extents.get(number)
         free = {} if extent is None else self.free.get(extent.header.namespace, {})
         return [slot for slot in slots if (number, slot) in free]
+
+    def looked_at(self, extent: Extent, slots: Sequence[int]) -> None:
+        """Those of these slots that are free hold nothing that may come back: they are taken before the others."""
+        free = self.free.get(extent.header.namespace, {})
+        for slot in reversed(slots):
+            place = (extent.number, slot)
+            if place in free:
+                del free[place]
+                free[place] = None
 
     def recover(self, extent: Extent, found: list[Found], newest: int) -> int:
         """Take in pages that a header scan found in slots of an extent; how many of them.

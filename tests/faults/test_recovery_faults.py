@@ -5,6 +5,7 @@ Throughout: no wrong page is served, and where only the log suffered, what was a
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -166,12 +167,54 @@ def test_a_log_older_than_the_data_costs_no_pages(tier: Open, log: Path) -> None
 
 
 def test_without_the_sample_an_old_log_would_cost_most(tier: Open, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control of the two tests above."""
+    """The negative control of the two tests above. And reads find what the scan did not."""
     monkeypatch.setattr(HeaderScan, "_log_is_old", lambda self: False)
     keys, before = an_old_log(tier, log)
     again = recovered(tier(capacity=16 * MIB))
-    served(again, keys)
     assert not enough(again, before)
+    assert Outcome.CORRUPT not in served(again, keys), "another page in a slot is no damage"
+    assert enough(again, before), "each was found in the place of the one that the log names there"
+    again.close()
+    assert enough(tier(capacity=16 * MIB), before), "and is in the log"
+
+
+def test_writes_take_slots_that_were_looked_at(tier: Open, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One extent, full but for its first slots, and no log: until the scan is through, those are the room there is."""
+    from storage_backends.local import recovery
+
+    chunk = 16
+    first = tier(capacity=4 * MIB)
+    slots = (4 * MIB - BLOCK) // SHAPE.slot_bytes
+    keys = chain("a", slots)
+    assert store(first, keys) == [Outcome.HIT] * slots
+    first.close()
+    log.unlink()
+    with next(log.parent.glob("e*.ext")).open("r+b") as extent:
+        for slot in range(chunk):
+            extent.seek(BLOCK + slot * SHAPE.slot_bytes)
+            extent.write(bytes(BLOCK))
+    go, looked = threading.Event(), threading.Event()
+    real, calls = recovery.read_headers, itertools.count()
+
+    def held(*arguments: Any) -> Any:
+        if next(calls):
+            looked.set()
+            assert go.wait(30)
+        return real(*arguments)
+
+    monkeypatch.setattr(recovery, "read_headers", held)
+    monkeypatch.setattr(recovery, "_CHUNK", chunk)
+    again = tier(capacity=4 * MIB)
+    assert store(again, chain("new", 1)) == [Outcome.HIT]
+    assert looked.wait(30)
+    assert store(again, chain("more", chunk)) == [Outcome.HIT] * chunk
+    go.set()
+    deadline = time.monotonic() + 30
+    while "recovered_by_scan" not in again.stats():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert hits(again, keys) == slots - chunk - 1, "the first page had to go where nobody had looked"
+    assert hits(again, chain("more", chunk)) == chunk
 
 
 def test_reads_are_served_while_the_scan_runs(tier: Open, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
