@@ -48,6 +48,8 @@ class Around:
     lock: threading.RLock
     peers: dict[int, Writer]
     engine: str
+    sqpoll: bool
+    iopoll: bool
     several: bool
     metadata: Path | None = None
 
@@ -88,7 +90,9 @@ class Disk:
             ) from error  # fmt: skip
         # An engine that is asked for by name is taken as it is.
         hints = {"direct": direct.works} if around.engine == "auto" else {}
-        self.engine: IoEngine = open_engine(around.engine, **hints)
+        self.engine: IoEngine = open_engine(
+            around.engine, sqpoll=around.sqpoll, iopoll=around.iopoll, directory=path, **hints
+        )
         self.slots = slot_engine(self.engine)
         self.upkeep = Upkeep(around.index, self._lock, self.stopping)
         self.supply = Supply(self.directory, around.index, self._lock)

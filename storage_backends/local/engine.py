@@ -41,6 +41,10 @@ _FIXES = {
 }
 
 
+#: Options of an engine that somebody asked for; the others are hints.
+_ASKED_FOR = ("sqpoll", "iopoll")
+
+
 @dataclass(slots=True)
 class Transfer:
     """One contiguous span of a file to or from a list of buffers.
@@ -117,6 +121,8 @@ def open_engine(choice: str = "auto", **options: Any) -> IoEngine:
         engine.passed_over = passed_over
         why = "; ".join(f"{other}: {reason}" for other, reason in passed_over.items())
         logger.info("I/O engine: %s%s", name, f" ({why})" if why else "")
+        if left_off := [key for key in _ASKED_FOR if options.get(key) and key not in engine.option_names]:
+            logger.warning("I/O engine %s has no %s: left off", name, " and no ".join(left_off))
         return _with_faults(engine)
     reason = passed_over[choice] if choice in passed_over else str(passed_over)
     raise OptionError("engine", choice, reason, f"{_FIXES.get(choice, _FIXES['threads'])}; or use engine: auto")

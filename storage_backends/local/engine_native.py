@@ -60,9 +60,9 @@ class NativeEngine(IoEngine, SlotEngine):
     """rings: rings, and threads for them; None: as many as this machine can use. depth: pages in flight in each.
 
     sqpoll: a kernel thread takes the requests (it spins: CPU for latency). iopoll: completions are polled (only for
-    devices with polled queues, and direct I/O); tried first on a file in `directory`, where that is given, and left
-    off, with a line, where it does not work. direct: whether the files will do O_DIRECT; without it reads and writes
-    copy to and from the page cache, which more threads than these do better.
+    devices with polled queues, and direct I/O); tried first on a file in `directory`, or on the device that it is,
+    where that is given, and left off, with a line, where it does not work. direct: whether the files will do O_DIRECT;
+    without it reads and writes copy to and from the page cache, which more threads than these do better.
     """
 
     name = "native"
@@ -194,14 +194,15 @@ class NativeEngine(IoEngine, SlotEngine):
 
 
 def polling_refused(directory: Path) -> str:
-    """Why completions of I/O on files in `directory` cannot be polled for; empty where they can. Tried for real: the
-    kernel says it only to a request.
+    """Why completions of I/O on files in `directory`, or on the block device that this is, cannot be polled for; empty
+    where they can. Tried for real: the kernel says it only to a request. A device is only read.
     """
     try:
         engine = NativeEngine(rings=1, depth=1, iopoll=True)
     except EngineUnavailable as error:
         return str(error)
     memory, path = OwnedMemory(_PROBE_BYTES), directory / f".probe-{os.getpid()}-{os.urandom(4).hex()}"
+    device = directory.is_block_device()
     iov = np.array([[memory.address, _PROBE_BYTES]], np.uint64)
     results: SimpleQueue[int] = SimpleQueue()
 
@@ -210,8 +211,11 @@ def polling_refused(directory: Path) -> str:
 
     fd = -1
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
-        for write in (True, False):
+        if device:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        else:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        for write in (False,) if device else (True, False):
             engine.submit([Transfer(fd, 0, iov, write, done)])
             moved = results.get(timeout=_PROBE_SECONDS)
             if moved != _PROBE_BYTES:
@@ -221,7 +225,8 @@ def polling_refused(directory: Path) -> str:
     except Empty:
         return "the device does not answer"
     finally:
-        path.unlink(missing_ok=True)
+        if not device:
+            path.unlink(missing_ok=True)
         engine.close(_PROBE_SECONDS)
         if fd >= 0:
             os.close(fd)

@@ -48,7 +48,10 @@ class LocalOptions(BackendOptions):
     bytes for all processes that use them together; of several, in equal parts, or a list of as many. metadata: where
     devices have their locks and logs, in a directory named as the device.
 
-    engine: what moves the bytes ("auto": the best that works here). eviction: the order in which pages go when room is
+    engine: what moves the bytes ("auto": the best that works here). sqpoll: a kernel thread for each ring takes the
+    requests, and spins while there are any: CPU for latency. iopoll: completions are polled for, where the device has
+    polled queues (nvme.poll_queues); tried first, and left off where it does not work. Both are the native engine's,
+    and left off with a line in the log where "auto" takes another. eviction: the order in which pages go when room is
     short, always the ends of chains first. admission: which pages are worth a write once the tier is full
     ("second_hit": those offered before, "write_budget": as many as write_bytes_per_day pay for). ttl: time to live of
     pages, from when they were stored ("24h"; never, if not given). namespaces: rules for single namespaces, of which
@@ -59,6 +62,8 @@ class LocalOptions(BackendOptions):
     capacity: Annotated[ByteSize | tuple[ByteSize, ...], _one_or_list(Annotated[ByteSize, Field(ge=_MIN_CAPACITY)])]
     metadata: Path | None = None
     engine: Literal["auto", "native", "liburing", "threads"] = "auto"
+    sqpoll: bool = False
+    iopoll: bool = False
     eviction: Literal["credit", "lru", "s3fifo"] = DEFAULT  # type: ignore[assignment]
     admission: Literal["always", "second_hit", "write_budget"] = "always"
     write_bytes_per_day: ByteSize | None = Field(default=None, gt=0)
@@ -69,6 +74,14 @@ class LocalOptions(BackendOptions):
     def _budget_has_a_size(self) -> LocalOptions:
         if (self.admission == "write_budget") != (self.write_bytes_per_day is not None):
             raise ValueError("admission: write_budget and write_bytes_per_day go together; give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _polling_is_native(self) -> LocalOptions:
+        if (self.sqpoll or self.iopoll) and self.engine not in ("auto", "native"):
+            raise ValueError(
+                f"sqpoll and iopoll are the native engine's; use engine: native or auto, not {self.engine}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -72,7 +72,10 @@ class Tier:
         places = options.places
         self.several = len(places) > 1
         peers: dict[int, Writer] = {}
-        around = Around(index, rules, self.lock, peers, options.engine, self.several, options.metadata)
+        around = Around(
+            index, rules, self.lock, peers, options.engine, options.sqpoll, options.iopoll, self.several,
+            options.metadata,
+        )  # fmt: skip
         self.disks = Disks(places, around, self.removed, self._expire)
         self.writers = Writers(index, self.disks, peers, self.removed)
 

@@ -36,6 +36,7 @@ from storage_backends.local.files import DirectIo
 from storage_backends.local.slot_transfers import TransferSlots, judge
 from storage_backends.local.slots import CancelFlag, SlotEngine, SlotGroup, SlotIo, Verdict
 from tests.pages import HostPool, chain, namespace
+from tests.tiers import local_tiers
 
 _io = pytest.importorskip("hicache_ext._io", reason="not built")
 from storage_backends.local.engine_native import (  # noqa: E402 - only where it is built
@@ -439,6 +440,38 @@ def test_polling_works_or_is_left_off_with_a_line(
     assert slots.run(engine, keys, False).wait(40) == [Verdict.VALID] * 40
     assert all(slots.pool.right(page, key) for page, key in enumerate(keys))
     assert engine.close(PATIENCE)
+
+
+@pytest.mark.parametrize("engine", ["auto", "native"])
+def test_a_tier_with_sqpoll_serves_pages(tmp_path: Path, engine: str) -> None:
+    with local_tiers(tmp_path / "tier", engine) as open_one:
+        backend = open_one(sqpoll=True, iopoll=True)
+        opened = backend._tier.disks.bays[0].disk
+        assert opened is not None
+        if engine == "auto" and not opened.direct.works:
+            pytest.skip("auto takes the native engine for direct I/O only")
+        assert isinstance(opened.engine, NativeEngine)
+        assert "SQPOLL" in opened.engine.description
+        assert ("IOPOLL" in opened.engine.description) == (not polling_refused(tmp_path))
+        pool, keys = HostPool(namespace(), 40), chain("a", 40)
+        assert backend.write(pool.write_batch(keys)).result(PATIENCE) == [Outcome.HIT] * 40
+        pool.poison()
+        assert backend.read(pool.batch(keys)).result(PATIENCE) == [Outcome.HIT] * 40
+        assert all(pool.right(page, key) for page, key in enumerate(keys))
+
+
+def test_polling_that_another_engine_lacks_is_left_off_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("storage_backends.local.engine.PREFERENCE", ("threads",))
+    with caplog.at_level(logging.WARNING), local_tiers(tmp_path / "tier", "auto") as open_one:
+        open_one(sqpoll=True)
+    lines = [record.getMessage() for record in caplog.records if "I/O engine" in record.getMessage()]
+    assert lines == ["I/O engine threads has no sqpoll: left off"]
+    with pytest.raises(ValueError, match="use engine: native or auto, not threads"):
+        LocalBackend.Options.model_validate(
+            {"path": tmp_path, "capacity": 16 << 20, "engine": "threads", "iopoll": True}
+        )
 
 
 _LITTLE_MEMLOCK = """
