@@ -115,34 +115,4 @@ Numbers Index::find_orphans(std::size_t limit, std::size_t examine) {
     return found;
 }
 
-Numbers Index::descendants(const Numbers& roots) {
-    // Each page's distance below a root, by walks up that stop at what is known: every page is passed once.
-    constexpr std::uint32_t UNKNOWN = NONE, OUTSIDE = NONE - 1, OPEN = NONE - 2;
-    if (roots.empty()) return {};
-    const std::uint32_t space = nodes_[roots[0]].space;
-    Numbers depth(nodes_.end(), UNKNOWN), found, walk;
-    for (const std::uint32_t root : roots) depth[root] = 0;
-    for (std::uint32_t start = 0; start < nodes_.end(); ++start) {
-        if (!nodes_[start].has(OWN) || nodes_[start].space != space) continue;
-        walk.clear();
-        std::uint32_t n = start;
-        while (n != NONE && depth[n] == UNKNOWN) {
-            depth[n] = OPEN;
-            walk.push_back(n);
-            n = nodes_[n].has(OWN) ? nodes_[n].parent : NONE;
-        }
-        std::uint32_t above = n == NONE || depth[n] == OPEN ? OUTSIDE : depth[n];
-        while (!walk.empty()) {
-            if (above != OUTSIDE) {
-                ++above;
-                found.push_back(walk.back());
-            }
-            depth[walk.back()] = above;
-            walk.pop_back();
-        }
-    }
-    std::stable_sort(found.begin(), found.end(), [&](auto a, auto b) { return depth[a] > depth[b]; });
-    return found;
-}
-
 }  // namespace hicache::index

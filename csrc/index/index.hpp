@@ -74,8 +74,6 @@ public:
     std::uint64_t touched(const Digest& space) const;
 
     Numbers ancestors(const Digest& space, const Key& key);
-    /// Own pages below these, deepest first.
-    Numbers descendants(const Numbers& roots);
     /// Own pages that hang below evicted ones, of those that are not in use; looks at so many nodes.
     Numbers find_orphans(std::size_t limit, std::size_t examine);
     /// Own pages whose parent was evicted before them.

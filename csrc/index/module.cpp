@@ -221,16 +221,6 @@ void touch(Index& index, const nb::bytes& space, const nb::bytes& keys, bool use
     index.touch(digest(space), nodes_of(index, space, keys), used);
 }
 
-nb::list descendants(Index& index, const nb::bytes& space, const nb::bytes& roots) {
-    const Numbers nodes = nodes_of(index, space, roots);
-    Numbers found;
-    {
-        nb::gil_scoped_release release;
-        found = index.descendants(nodes);
-    }
-    return told_all(index, found);
-}
-
 nb::bytes snapshot_records(const Index& index, const Snapshot& snapshot, std::size_t start, std::size_t count) {
     std::string records;
     const std::size_t end = std::min(snapshot.pages.size(), start + std::min(count, snapshot.pages.size()));
@@ -311,7 +301,6 @@ void bind(nb::module_& m) {
         .def("touched", [](Index& index, const nb::bytes& space) { return index.touched(digest(space)); })
         .def("ancestors", [](Index& index, const nb::bytes& space, const nb::bytes& key) {
             return keys_of(index, index.ancestors(digest(space), one_key(key))); })
-        .def("descendants", &descendants)
         .def("orphans", &Index::orphans)
         .def("sweep_orphans", [](Index& index, std::size_t limit, std::size_t examine) {
             return told_all(index, index.find_orphans(limit, examine)); }, nb::arg("limit"), nb::arg("examine") = 4096)

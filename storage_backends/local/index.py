@@ -295,20 +295,6 @@ class Index:
             entry = space.entries.get(entry.page.parent)
         return [key for key, entry in found.items() if not self._is_expired(entry)]
 
-    def descendants(self, roots: list[Page]) -> list[Page]:
-        """Own pages below these pages of one namespace. Walks the namespace once: for rare, large removals only."""
-        if not roots:
-            return []
-        below = self.spaces[roots[0].namespace].own_children
-        found: dict[bytes, None] = {}
-        level = {root.key for root in roots}
-        while level:
-            level = {child for key in level for child in below.get(key, ()) if child not in found}
-            found.update(dict.fromkeys(level))
-        tops = {root.key for root in roots}
-        told = [self.get(roots[0].namespace, key) for key in reversed(found) if key not in tops]
-        return cast(list[Page], told)
-
     def orphans(self) -> int:
         """How many own pages have a parent that was evicted before them: removed with `evicted`, as the pages of an
         extent are that is taken away. What hangs below those is not counted yet.

@@ -112,12 +112,6 @@ class NativeIndex:
     def ancestors(self, namespace: bytes, key: bytes) -> list[bytes]:
         return split_keys(self._index.ancestors(namespace, key))
 
-    def descendants(self, roots: list[Page]) -> list[Page]:
-        if not roots:
-            return []
-        packed = b"".join(page.key for page in roots)
-        return [Page._make(page) for page in self._index.descendants(roots[0].namespace, packed)]
-
     def sweep_orphans(self, limit: int, examine: int = 4096) -> list[Page]:
         return list(map(Page._make, self._index.sweep_orphans(limit, examine)))
 

@@ -245,13 +245,6 @@ class IndexMachine(RuleBasedStateMachine):
     def told(self, known: Page) -> Page:
         return self.same("get", known.namespace, known.key)
 
-    @rule(space=spaces, root=names)
-    def descend(self, space: bytes, root: int) -> None:
-        if (space, root) in self.resident:
-            roots = [self.resident[space, root]]
-            one, two = (index.descendants(roots) for index in (self.model, self.native))
-            assert sorted(one) == sorted(two)
-
     @rule(extent=st.integers(0, 8))
     def take_extent(self, extent: int) -> None:
         """As a writer does that needs an extent for another namespace: what hangs below its pages becomes orphans."""
