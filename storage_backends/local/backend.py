@@ -132,7 +132,8 @@ class LocalBackend(Backend):
                 disk.directory.clear({namespace.digest for namespace in namespaces})
 
     def register_memory(self, address: int, length: int) -> None:
-        self._disks.register_memory(address, length)
+        if not self._elsewhere:
+            self._disks.register_memory(address, length)
 
     def stats(self) -> Mapping[str, int | float | str]:
         if self._elsewhere:
