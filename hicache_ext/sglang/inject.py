@@ -110,7 +110,10 @@ class FaultyStore:
             self._counts[f"{what}_delayed"] += delay > 0
             self._counts[f"{what}_failed"] += failed
             if self._path is not None and (delay or failed):
-                Path(f"{self._path}.injected-{os.getpid()}.json").write_text(json.dumps(self._counts))
+                report = Path(f"{self._path}.injected-{os.getpid()}.json")
+                fresh = report.with_suffix(".new")
+                fresh.write_text(json.dumps(self._counts))
+                os.replace(fresh, report)  # whoever reads meanwhile finds a whole one
         if delay:
             time.sleep(delay)
         return failed

@@ -35,7 +35,10 @@ def plugin_killed_while_writing() -> None:
     extra = {"tiers": [{"type": "local", "path": str(ROOT / "killed"), "capacity": "1GiB"}]}
     chance = random.Random(11)
     acknowledged: list[tuple[int, int]] = []
-    for turn in range(20 if version() == (0, 5, 21) else 3):
+    turns = 20 if version() == (0, 5, 21) else 3
+    for turn in itertools.count():
+        if (turn >= turns and len(acknowledged) > 20) or turn >= 40:
+            break
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
