@@ -69,7 +69,8 @@ class TierConfig(BaseModel):
     """One tier: its backend's name (`type`), a name of its own for logs and metrics, and the backend's options.
 
     write, write_hits: which pages reach a tier that is not the first, always in the background: "through", every page
-    that is written; "evicted", those that the tier before is about to evict; "hits", those read `write_hits` times.
+    that is written; "evicted", those that the tier before, a memory tier, is about to evict; "hits", those read
+    `write_hits` times.
     promote: which pages that are read from such a tier go up to the first: "always", "second_hit", "never".
     """
 
@@ -116,6 +117,12 @@ class Config(BaseModel):
             raise ConfigError(_explain(error, cls, ours)) from error
         for i in range(len(config.tiers)):
             config.backend(i)
+        for i, (above, below) in enumerate(zip(config.tiers, config.tiers[1:], strict=False), start=1):
+            if below.write == "evicted" and not backend_class(above.type).foresees:
+                raise ConfigError(
+                    f"tiers[{i}].write = 'evicted': a {above.type} tier does not say what it will evict. "
+                    "Fix: use through, or hits"
+                )
         for key in ("write", "write_hits", "promote"):
             if key in config.tiers[0].model_fields_set:
                 raise ConfigError(

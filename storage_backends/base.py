@@ -277,6 +277,8 @@ class Backend(ABC):
     """One tier's store. Subclasses set `Options` (their config keys) and take (options, dispatcher)."""
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
+    #: Whether `going` tells what will be evicted next; else no tier below can ask for those pages.
+    foresees: ClassVar[bool] = False
     capabilities: Capabilities
 
     def __init__(self, options: BackendOptions, dispatcher: Dispatcher) -> None:

@@ -41,6 +41,7 @@ class MemoryBackend(BlockingBackend):
     """Pages in a dictionary, least recently used first."""
 
     Options = MemoryOptions
+    foresees = True
     capabilities = Capabilities(persistent=False, shared=False, medium="CPU", knows=True)
     options: MemoryOptions
 

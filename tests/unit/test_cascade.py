@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -302,7 +303,7 @@ def test_a_tier_that_is_down_at_the_start_comes_when_it_can() -> None:
     store.close()
 
 
-def test_a_cascade_from_a_configuration() -> None:
+def test_a_cascade_from_a_configuration(tmp_path: Path) -> None:
     tiers = [
         {"type": "memory", "name": "a", "capacity": "1MiB"},
         {"type": "memory", "name": "b", "write": "hits", "write_hits": 3, "promote": "never"},
@@ -313,6 +314,10 @@ def test_a_cascade_from_a_configuration() -> None:
     store.close()
     with pytest.raises(ConfigError, match=r"tiers\[0\].write: the first tier gets every page. Fix: remove it"):
         Config.load({"tiers": [{"type": "memory", "write": "through"}]})
+    below = {"type": "memory", "name": "c", "write": "evicted"}
+    assert Config.load({"tiers": [tiers[0], below]}).tiers[1].write == "evicted"
+    with pytest.raises(ConfigError, match=r"tiers\[1\].write = 'evicted': a local tier does not say"):
+        Config.load({"tiers": [{"type": "local", "path": str(tmp_path), "capacity": "8MiB"}, below]})
     with pytest.raises(ConfigError, match=r"tiers\[1\].promote"):
         Config.load({"tiers": [tiers[0], {"type": "memory", "promote": "sometimes"}]})
 
