@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from typing import Protocol
 
 import numpy as np
 
 from hicache_ext.page import KEY_BYTES, Namespace, PageLayout, chain_parents
-from storage_backends.base import KeyBatch, PageBatch
+from storage_backends.base import Completion, KeyBatch, Outcome, PageBatch
 from storage_backends.buffers import OwnedMemory
 
 PAGE_TOKENS = 16
@@ -93,3 +95,31 @@ def key_batch(space: Namespace, keys: list[bytes], parent: bytes | None = None) 
     packed = b"".join(keys)
     assert len(packed) == KEY_BYTES * len(keys)
     return KeyBatch(space, packed, chain_parents(packed, parent))
+
+
+class Reader(Protocol):
+    """A backend, or a store over several."""
+
+    def read(self, batch: PageBatch) -> Completion: ...
+
+
+def served(
+    reader: Reader, space: Namespace, keys: list[bytes], seconds: float = 30, pool: HostPool | None = None
+) -> list[Outcome]:
+    """Read the pages; every HIT is checked against the content that its identity asks for. pool: where they go."""
+    pool = HostPool(space, len(keys)) if pool is None else pool
+    pool.poison()
+    outcomes = reader.read(pool.batch(keys)).result(seconds)
+    for page, outcome in enumerate(outcomes):
+        assert outcome != Outcome.HIT or pool.right(page, keys[page]), "a wrong page was served"
+    return outcomes
+
+
+def served_and_quiet(reader: Reader, space: Namespace, keys: list[bytes], seconds: float) -> list[Outcome]:
+    """As served; and nothing moves afterwards."""
+    pool = HostPool(space, len(keys))
+    outcomes = served(reader, space, keys, seconds, pool)
+    after = pool.bytes.copy()
+    time.sleep(0.05)
+    assert np.array_equal(pool.bytes, after), "a byte landed after its page's outcome"
+    return outcomes

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pytest
+
+from tests.child import Child
 
 
 def free_port() -> int:
@@ -24,8 +24,10 @@ def free_port() -> int:
             return port
 
 
-class RedisServer:
+class RedisServer(Child):
     """One `redis-server` with these arguments; keeps nothing on disk. Skips the test where there is none."""
+
+    name = "redis-server"
 
     def __init__(self, *arguments: str, port: int = 0, tls: bool = False, password: str = "") -> None:
         pytest.importorskip("redis")
@@ -37,7 +39,6 @@ class RedisServer:
         self.port = port or free_port()
         self.tls, self.password = tls, password
         self.arguments = list(arguments)
-        self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
@@ -49,35 +50,13 @@ class RedisServer:
         self.process = subprocess.Popen(
             [self._binary, *ports, *common, *self.arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 15
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, "redis-server ended"
-                time.sleep(0.01)
-        raise AssertionError("redis-server did not start")
+        self.wait_until_up(15, 0.01)
 
     def client(self) -> Any:
         """A client of redis-py, to look behind the backend's back."""
         import redis
 
         return redis.Redis(port=self.port, password=self.password or None, protocol=2)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait()
-
-    def stop_answering(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-
-    def answer_again(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
 
     def __enter__(self) -> RedisServer:
         return self

@@ -5,29 +5,29 @@ from __future__ import annotations
 import atexit
 import ctypes
 import signal
-import socket
 import subprocess
 import sys
-import time
 import uuid
 from functools import lru_cache
 from typing import Any
 
 import pytest
 
+from tests.child import Child
 from tests.redis_server import free_port
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
 
 
-class S3Server:
+class S3Server(Child):
     """One `moto_server`. Skips the test where moto is not installed."""
+
+    name = "moto_server"
 
     def __init__(self) -> None:
         pytest.importorskip("obstore")
         pytest.importorskip("moto.server")
         self.port = free_port()
-        self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
@@ -38,15 +38,7 @@ class S3Server:
             stderr=subprocess.DEVNULL,
             preexec_fn=_die_with_parent,
         )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, "moto_server ended"
-                time.sleep(0.05)
-        raise AssertionError("moto_server did not start")
+        self.wait_until_up(120, 0.05)
 
     def bucket(self, name: str = "") -> str:
         """A new bucket's name."""
@@ -62,19 +54,6 @@ class S3Server:
 
         options = {"allow_http": True, "timeout": "60s"}
         return S3Store(bucket, client_options=options, **options_of(self.port))
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def stop_answering(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-
-    def answer_again(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
 
 
 def options_of(port: int) -> dict[str, Any]:

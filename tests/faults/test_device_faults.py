@@ -22,6 +22,7 @@ from hicache_ext.store.tiered import Tier, TieredStore
 from storage_backends.base import Completion, OptionError, Outcome
 from storage_backends.format import BLOCK, SlotShape
 from storage_backends.local import LocalBackend
+from tests import pages
 from tests.fuse import fuse_disk
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.tiers import Open, local_tiers
@@ -79,11 +80,7 @@ def served(backend: LocalBackend | TieredStore, keys: list[bytes], space: Any = 
     pool = HostPool(space, len(keys))
     if isinstance(backend, LocalBackend):
         backend.register_memory(pool.memory.address, pool.memory.size)
-    pool.poison()
-    outcomes = backend.read(pool.batch(keys)).result(PATIENCE)
-    for page, outcome in enumerate(outcomes):
-        assert outcome != Outcome.HIT or pool.right(page, keys[page]), "a wrong page was served"
-    return outcomes
+    return pages.served(backend, space, keys, PATIENCE, pool)
 
 
 def resident(backend: LocalBackend, keys: list[bytes]) -> list[bool]:

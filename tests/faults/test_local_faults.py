@@ -21,6 +21,7 @@ from hicache_ext.store.tiered import Tier, TieredStore
 from storage_backends.base import Outcome
 from storage_backends.format import BLOCK, ExtentHeader, SlotShape
 from storage_backends.local import LocalBackend
+from tests import pages
 from tests.pages import HostPool, chain, content, key_batch, namespace
 from tests.tiers import Open, local_tiers
 
@@ -57,12 +58,7 @@ def store(backend: LocalBackend | TieredStore, keys: list[bytes]) -> list[Outcom
 
 
 def served(backend: LocalBackend | TieredStore, keys: list[bytes]) -> list[Outcome]:
-    pool = HostPool(SPACE, len(keys))
-    pool.poison()
-    outcomes = backend.read(pool.batch(keys)).result(30)
-    for page, outcome in enumerate(outcomes):
-        assert outcome != Outcome.HIT or pool.right(page, keys[page]), "a wrong page was served"
-    return outcomes
+    return pages.served(backend, SPACE, keys)
 
 
 class Disk:

@@ -24,6 +24,7 @@ from storage_backends.format import BLOCK, ExtentHeader, SlotHeader, SlotShape
 from storage_backends.local import LocalBackend, files
 from storage_backends.local.recovery import HeaderScan
 from storage_backends.local.residency import RECORD_BYTES, Kind, LogReader, Record
+from tests import pages
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.tiers import Open, local_tiers
 from tests.worker import Worker
@@ -51,12 +52,7 @@ def store(backend: LocalBackend, keys: list[bytes]) -> list[Outcome]:
 
 
 def served(backend: LocalBackend, keys: list[bytes]) -> list[Outcome]:
-    pool = HostPool(SPACE, len(keys))
-    pool.poison()
-    outcomes = backend.read(pool.batch(keys)).result(30)
-    for page, outcome in enumerate(outcomes):
-        assert outcome != Outcome.HIT or pool.right(page, keys[page]), "a wrong page was served"
-    return outcomes
+    return pages.served(backend, SPACE, keys)
 
 
 def hits(backend: LocalBackend, keys: list[bytes]) -> int:

@@ -13,11 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from hicache_ext.page import Namespace
 from storage_backends.base import Backend, Dispatcher, Outcome
+from tests import pages
 from tests.certificates import certificate
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.proxy import Proxy
@@ -86,15 +86,7 @@ def store(backend: Backend, keys: list[bytes] = KEYS, space: Namespace = SPACE) 
 
 def served(backend: Backend, keys: list[bytes] = KEYS, space: Namespace = SPACE) -> list[Outcome]:
     """Read, and insist that hits are right and that nothing moves afterwards."""
-    pool = HostPool(space, len(keys))
-    pool.poison()
-    outcomes = backend.read(pool.batch(keys)).result(120)
-    after = pool.bytes.copy()
-    for page, outcome in enumerate(outcomes):
-        assert outcome != Outcome.HIT or pool.right(page, keys[page]), "a wrong page was served"
-    time.sleep(0.05)
-    assert np.array_equal(pool.bytes, after), "a byte landed after its page's outcome"
-    return outcomes
+    return pages.served_and_quiet(backend, space, keys, 120)
 
 
 def recovers(backend: Backend, seconds: float = 90) -> None:

@@ -14,6 +14,7 @@ from storage_backends.base import Outcome
 from storage_backends.format import ExtentHeader, SlotShape
 from storage_backends.local import LocalBackend, supply
 from storage_backends.local.extents import Extent, ExtentFiles, extent_numbers, extent_path
+from tests import pages
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.tiers import Open, local_tiers
 from tests.worker import QUICK, Worker
@@ -38,12 +39,7 @@ def found(backend: LocalBackend, space: Any, keys: list[bytes]) -> int:
 
 
 def served(backend: LocalBackend, space: Any, keys: list[bytes]) -> list[Outcome]:
-    pool = HostPool(space, len(keys))
-    pool.poison()
-    outcomes = backend.read(pool.batch(keys)).result(30)
-    for page, outcome in enumerate(outcomes):
-        assert outcome != Outcome.HIT or pool.right(page, keys[page]), "a wrong page was served"
-    return outcomes
+    return pages.served(backend, space, keys)
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -6,7 +6,6 @@ import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -14,10 +13,11 @@ from typer.testing import CliRunner
 
 from hicache_ext.cli.main import app
 from hicache_ext.config import Config, ConfigError
-from storage_backends.base import Dispatcher, Outcome
+from storage_backends.base import Outcome
 from storage_backends.local import LocalBackend
 from tests.devices import KINDS, blank_device
-from tests.pages import HostPool, chain, key_batch, namespace
+from tests.pages import HostPool, chain, key_batch, namespace, served
+from tests.tiers import tiers
 
 MIB = 1 << 20
 SPACE = namespace((65536,))
@@ -34,18 +34,8 @@ def raw(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def tier(tmp_path: Path) -> Iterator[Open]:
-    dispatcher = Dispatcher()
-    opened: list[LocalBackend] = []
-
-    def open_one(*paths: Path, capacity: Any = 48 * MIB, engine: str = "auto", **options: Any) -> LocalBackend:
-        values = {"path": list(paths), "capacity": capacity, "engine": engine, "metadata": tmp_path / "meta", **options}
-        opened.append(LocalBackend(LocalBackend.Options.model_validate(values), dispatcher))
-        return opened[-1]
-
-    yield open_one
-    for backend in opened:
-        backend.close()
-    dispatcher.close()
+    with tiers(capacity=48 * MIB, metadata=tmp_path / "meta") as open_one:
+        yield open_one
 
 
 def _store(backend: LocalBackend, keys: list[bytes]) -> list[Outcome]:
@@ -53,11 +43,7 @@ def _store(backend: LocalBackend, keys: list[bytes]) -> list[Outcome]:
 
 
 def _hits(backend: LocalBackend, keys: list[bytes]) -> int:
-    pool = HostPool(SPACE, len(keys))
-    pool.poison()
-    outcomes = backend.read(pool.batch(keys)).result(30)
-    assert all(outcome != Outcome.HIT or pool.right(page, keys[page]) for page, outcome in enumerate(outcomes))
-    return outcomes.count(Outcome.HIT)
+    return served(backend, SPACE, keys).count(Outcome.HIT)
 
 
 @pytest.mark.parametrize("engine", ["threads", "auto"])

@@ -18,10 +18,12 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from hicache_ext.cli.main import app
-from storage_backends.base import Dispatcher, KeyBatch, OptionError, Outcome
+from storage_backends.base import KeyBatch, OptionError, Outcome
 from storage_backends.format import BLOCK, ExtentHeader
 from storage_backends.local import LocalBackend, disks
+from tests import pages
 from tests.pages import HostPool, chain, key_batch, namespace
+from tests.tiers import tiers
 
 MIB = 1 << 20
 SPACE = namespace((65536,))
@@ -36,18 +38,8 @@ def index(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def tier() -> Iterator[Callable[..., LocalBackend]]:
-    dispatcher = Dispatcher()
-    opened: list[LocalBackend] = []
-
-    def open_one(*paths: Path, capacity: Any = 32 * MIB, **options: Any) -> LocalBackend:
-        values = {"path": list(paths), "capacity": capacity, "engine": "threads", **options}
-        opened.append(LocalBackend(LocalBackend.Options.model_validate(values), dispatcher))
-        return opened[-1]
-
-    yield open_one
-    for backend in opened:
-        backend.close()
-    dispatcher.close()
+    with tiers(capacity=32 * MIB, engine="threads") as open_one:
+        yield open_one
 
 
 @pytest.fixture
@@ -71,12 +63,7 @@ def found(backend: LocalBackend, keys: list[bytes]) -> list[int]:
 
 
 def served(backend: LocalBackend, keys: list[bytes]) -> list[Outcome]:
-    pool = HostPool(SPACE, len(keys))
-    pool.poison()
-    outcomes = backend.read(pool.batch(keys)).result(30)
-    for page, outcome in enumerate(outcomes):
-        assert outcome != Outcome.HIT or pool.right(page, keys[page]), "a wrong page was served"
-    return outcomes
+    return pages.served(backend, SPACE, keys)
 
 
 def on_disk(path: Path, keys: list[bytes]) -> set[bytes]:
@@ -223,19 +210,6 @@ def test_no_disk_at_all_is_an_error(tier: Callable[..., LocalBackend], two: list
         path.parent.write_text("no directory")
     with pytest.raises(OptionError, match="cannot be used"):
         tier(*two)
-
-
-@pytest.fixture
-def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    plan = tmp_path / "faults.json"
-    monkeypatch.setenv("HICACHE_EXT_FAULTS", str(plan))
-
-    def set_faults(**rules: Any) -> None:
-        plan.write_text(json.dumps(rules))
-        os.utime(plan, ns=(time.time_ns(), time.time_ns()))
-
-    set_faults()
-    return set_faults
 
 
 @pytest.mark.usefixtures("quick")

@@ -15,6 +15,7 @@ import pytest
 from storage_backends.base import OptionError, Outcome
 from storage_backends.local import LocalBackend
 from storage_backends.local import engine as engine_module
+from tests import pages
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.tiers import Open, local_tiers
 
@@ -38,12 +39,7 @@ def found(backend: LocalBackend, space: Any, keys: list[bytes]) -> list[int]:
 
 def served(backend: LocalBackend, space: Any, keys: list[bytes]) -> list[Outcome]:
     """Read the pages; every HIT is checked against the content that its identity asks for."""
-    pool = HostPool(space, len(keys))
-    pool.poison()
-    outcomes = backend.read(pool.batch(keys)).result(30)
-    for page, outcome in enumerate(outcomes):
-        assert outcome != Outcome.HIT or pool.right(page, keys[page]), "a wrong page was served"
-    return outcomes
+    return pages.served(backend, space, keys)
 
 
 def held(tmp_path: Path) -> int:
