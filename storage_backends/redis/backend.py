@@ -247,6 +247,8 @@ class RedisBackend(ObjectBackend):
         with self._lock:
             if self._free[node]:
                 return self._free[node].pop()
+        if self._closing:
+            raise Unreachable("closing")
         try:
             wire = self._servers.connect(node)
         except Unreachable:

@@ -20,7 +20,7 @@ class RedisOptions(ObjectOptions):
     username: of an ACL user. password_env, password_file: variable or file with the password.
     tls_ca, tls_cert, tls_key: files (PEM); the client's own certificate only where the server asks for one.
     ttl: seconds after which the server drops a page that nobody stored again (0: never).
-    connect_timeout: seconds.
+    connect_timeout: seconds that a connection may take, and each answer to its greeting.
     """
 
     url: str = "redis://127.0.0.1:6379/0"

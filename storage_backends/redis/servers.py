@@ -69,13 +69,15 @@ class Servers:
     def connect(self, node: Node) -> Wire:
         """A new connection, authenticated. Raises Unreachable."""
         host, port = node
+        # The greeting is waited for no longer than the connection: nobody can abort it before it is a wire.
+        common = self._common | {"socket_timeout": self._options.connect_timeout}
         try:
             if self._unix:
-                common = {key: value for key, value in self._common.items() if key != "socket_connect_timeout"}
+                del common["socket_connect_timeout"]
                 connection = UnixDomainSocketConnection(path=host, **common)
             else:
                 kind = SSLConnection if self._secure else Connection
-                connection = kind(host=host, port=port, socket_keepalive=True, **self._common, **self._tls)
+                connection = kind(host=host, port=port, socket_keepalive=True, **common, **self._tls)
             connection.connect()
             return Wire(connection._sock, self._options.timeout, connection)
         except (redis.RedisError, OSError) as error:
