@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
-import signal
 import subprocess
 import sys
 import uuid
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.child import Child
+from tests.child import Child, die_with_parent
 from tests.redis_server import free_port
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
@@ -36,7 +34,7 @@ class S3Server(Child):
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         self.wait_until_up(120, 0.05)
 
@@ -71,7 +69,3 @@ def s3_server() -> S3Server:
     server = S3Server()
     atexit.register(server.kill)
     return server
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
