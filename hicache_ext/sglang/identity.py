@@ -9,16 +9,16 @@ The served name is never part of it: two models can share an alias, one model ca
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from hicache_ext import fingerprint
 from hicache_ext.config import Config, ConfigError
+from hicache_ext.fingerprint import adapter_content, locate
 from hicache_ext.page import Namespace, PageLayout, Shard
-from hicache_ext.sglang import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -125,21 +125,6 @@ def identify(config: Config, args: Any) -> ModelIdentity:
     return ModelIdentity(fingerprint.digest(facts), weights, quantisation, str(path or ""))
 
 
-def locate(model_path: str, revision: str | None, cache: str | None = None) -> Path | None:
-    """The local folder (or GGUF file) of a model path or Hugging Face name; None where there is none."""
-    path = Path(model_path).expanduser()
-    if path.exists():
-        return path.resolve()
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(model_path, "config.json", cache_dir=cache or None, revision=revision)
-    except Exception:  # not installed, or not a valid repository name
-        return None
-    # The file is a link into blobs/; its folder is the snapshot, whose name is the commit.
-    return Path(found).parent if isinstance(found, str) else None
-
-
 def weights_of(path: Path | None, args: Any, load_format: str | None = None) -> str:
     """The weights' fingerprint: snapshot commit, else the files; for dummy weights the load format and its seed."""
     chosen = load_format or str(getattr(args, "load_format", "auto") or "auto")
@@ -201,22 +186,6 @@ def startup_adapters(args: Any) -> str:
         name = str(getattr(ref, "lora_name", None) or path)
         contents.append([name, path, adapter_content(path)])
     return fingerprint.digest(sorted(contents))
-
-
-def adapter_content(path: str) -> str:
-    """Content digest of a LoRA adapter's folder; one of this run only where the files cannot be read."""
-    try:
-        found = locate(path, None)
-        if found is not None:
-            return fingerprint.adapter(found)
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(path, "adapter_config.json")
-        if isinstance(cached, str):
-            return fingerprint.adapter(Path(cached).parent)
-    except Exception as error:
-        logger.warning("LoRA adapter %s cannot be read (%s): its pages will not be reused after a restart", path, error)
-    return "unread:" + os.urandom(16).hex()
 
 
 def shard(storage_config: Any, replicated: bool) -> Shard:

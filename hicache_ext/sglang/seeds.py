@@ -62,7 +62,7 @@ def before_trigger_backup(
 
 def after_load_adapter(_result: Any, _manager: Any, lora_ref: Any, *_: Any, **__: Any) -> None:
     """AFTER hook of loading an adapter: remember what its id stands for."""
-    from hicache_ext.sglang.identity import adapter_content
+    from hicache_ext.fingerprint import adapter_content
 
     path = getattr(lora_ref, "lora_path", None)
     if path and len(lora_ref.lora_id) == _ID_LENGTH:

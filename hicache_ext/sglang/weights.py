@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hicache_ext.sglang import fingerprint
+from hicache_ext import fingerprint
 
 logger = logging.getLogger(__name__)
 

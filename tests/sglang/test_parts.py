@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from hicache_ext import fingerprint
 from hicache_ext.config import Config, ConfigError
 from hicache_ext.page import pack_keys
-from hicache_ext.sglang import fingerprint, identity, inject, seeds, versions, weights
+from hicache_ext.sglang import identity, inject, seeds, versions, weights
 from hicache_ext.sglang.stats import AdapterStats
 from hicache_ext.sglang.tokens import BATCH_PAGES, TokenNotes, event_hashes
 
@@ -133,7 +134,7 @@ def test_adapter_is_its_content(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         fingerprint.adapter(tmp_path)
     # Nothing to read: an identity that nobody else has.
-    assert identity.adapter_content(str(tmp_path)) != identity.adapter_content(str(tmp_path))
+    assert fingerprint.adapter_content(str(tmp_path)) != fingerprint.adapter_content(str(tmp_path))
 
 
 # --- the state of weights

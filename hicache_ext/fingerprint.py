@@ -1,23 +1,42 @@
 """Fingerprints of files: a model's configuration, its weights, a LoRA adapter. Plain functions of paths.
 
-Belongs here: what of a folder decides whether its model computes the same KV. Does not belong here: which folder
-(identity), or an engine's arguments.
+Belongs here: where a model's files are, and what in them decides whether it computes the same KV. Does not belong
+here: an engine's arguments.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 #: Keys of a config.json that name the file or the writer, not the computation.
 _IRRELEVANT = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "name_or_path"})
 _SNAPSHOT = re.compile(r"[0-9a-f]{40}")
+
+
+def locate(model_path: str, revision: str | None, cache: str | None = None) -> Path | None:
+    """The local folder (or GGUF file) of a model path or Hugging Face name; None where there is none."""
+    path = Path(model_path).expanduser()
+    if path.exists():
+        return path.resolve()
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(model_path, "config.json", cache_dir=cache or None, revision=revision)
+    except Exception:  # not installed, or not a valid repository name
+        return None
+    # The file is a link into blobs/; its folder is the snapshot, whose name is the commit.
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def digest(value: object) -> str:
@@ -113,3 +132,19 @@ def adapter(path: Path) -> str:
     if not found:
         raise FileNotFoundError(f"{path} holds no LoRA adapter")
     return hasher.hexdigest()
+
+
+def adapter_content(path: str) -> str:
+    """Content digest of a LoRA adapter's folder; one of this run only where the files cannot be read."""
+    try:
+        found = locate(path, None)
+        if found is not None:
+            return adapter(found)
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(path, "adapter_config.json")
+        if isinstance(cached, str):
+            return adapter(Path(cached).parent)
+    except Exception as error:
+        logger.warning("LoRA adapter %s cannot be read (%s): its pages will not be reused after a restart", path, error)
+    return "unread:" + os.urandom(16).hex()
