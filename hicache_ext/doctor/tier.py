@@ -18,10 +18,10 @@ from pydantic import ByteSize
 from hicache_ext.doctor import disk
 from hicache_ext.doctor.finding import Finding, error, ok, warning
 from storage_backends.base import OptionError
+from storage_backends.direct_io import DirectIo, alignment_of, probe_direct
 from storage_backends.format import FormatError
 from storage_backends.local.device import home_of, is_device, is_missing_device, placement_of, usable_bytes
 from storage_backends.local.extents import extent_numbers
-from storage_backends.local.files import DirectIo, alignment_of, probe_direct
 from storage_backends.local.options import nearest
 from storage_backends.local.survey import NamespaceSummary, NotATier, Problem, Trouble, summarise, survey
 

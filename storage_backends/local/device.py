@@ -33,6 +33,7 @@ from pathlib import Path
 from storage_backends.base import OptionError
 from storage_backends.buffers import OwnedMemory
 from storage_backends.checksum import crc32c
+from storage_backends.direct_io import alignment_of
 from storage_backends.format import BLOCK, VERSION, ExtentHeader, FormatError, UnknownVersion
 from storage_backends.local.extents import (
     Extent,
@@ -42,7 +43,7 @@ from storage_backends.local.extents import (
     retired_numbers,
     retired_path,
 )
-from storage_backends.local.files import alignment_of, lock_when_free
+from storage_backends.local.files import lock_when_free
 from storage_backends.local.folder import folder_number
 
 MARK = "DEVICE"

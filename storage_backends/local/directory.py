@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from hicache_ext.page import Namespace
 from storage_backends.base import OptionError
+from storage_backends.direct_io import remove_old_probes
 from storage_backends.format import BLOCK, FORMAT_LINE, VERSION, ExtentHeader, FormatError, SlotShape, UnknownVersion
 from storage_backends.local.extents import ExtentFiles, extent_numbers
-from storage_backends.local.files import remove_old_probes, try_lock
+from storage_backends.local.files import try_lock
 from storage_backends.local.folder import LOCK, Folder, folder_number
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record

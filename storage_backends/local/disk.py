@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage_backends.base import OptionError, PageBatch
+from storage_backends.direct_io import probe_direct
 from storage_backends.format import FormatError
 from storage_backends.local.device import Device, home_of
 from storage_backends.local.directory import FOLDERS, Directory
 from storage_backends.local.engine import IoEngine, open_engine
 from storage_backends.local.extents import Extent, ExtentFiles
-from storage_backends.local.files import probe_direct
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.rules import Rules
 from storage_backends.local.slots import CancelFlag, SlotIo, slot_engine

@@ -22,11 +22,12 @@ from pathlib import Path
 
 from storage_backends.base import OptionError
 from storage_backends.buffers import OwnedMemory
+from storage_backends.direct_io import probe_direct
 from storage_backends.local import device
 from storage_backends.local.device import home_of
 from storage_backends.local.directory import FOLDERS, FORMAT
 from storage_backends.local.disk import Around, Disk
-from storage_backends.local.files import open_extent, probe_direct
+from storage_backends.local.files import open_extent
 from storage_backends.local.index import Page
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
-"""What the engines written in Python share: accounting of transfers, refusal, close, and the rest of a short transfer.
+"""What the engines written in Python share: accounting of transfers, refusal, close.
 
-Does not belong here: how bytes are moved (engine_threads, engine_liburing), or which engine is used (engine).
+Does not belong here: how bytes are moved (engine_threads, engine_liburing, storage_backends.vectored), or which engine
+is used (engine).
 """
 
 from __future__ import annotations
@@ -18,15 +19,6 @@ import numpy as np
 from storage_backends.local.engine import IoEngine, Transfer
 
 logger = logging.getLogger(__name__)
-
-#: The kernel takes at most this many buffers in one call.
-IOV_MAX = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 1024
-
-#: Repeats of a call that moves nothing, after which its error is the transfer's: a device may say EAGAIN for ever.
-STALLS = 16
-
-#: O_DIRECT moves whole sectors except at the end of a file.
-_SECTOR = 512
 
 
 class CountedEngine(IoEngine):
@@ -118,33 +110,3 @@ def check_iov(iov: np.ndarray) -> None:
     """Raise for an array that the kernel would read as other addresses than the caller meant."""
     if iov.dtype != np.uint64 or iov.ndim != 2 or iov.shape[1] != 2:
         raise TypeError(f"iov must be uint64[k, 2], not {iov.dtype}{list(iov.shape)}")
-
-
-def rest_of(iov: np.ndarray, moved: int) -> np.ndarray:
-    """The buffers that remain after `moved` bytes (less than the whole), as a contiguous uint64[k, 2]."""
-    if not moved:
-        return np.ascontiguousarray(iov)
-    ends = np.cumsum(iov[:, 1])
-    first = int(np.searchsorted(ends, np.uint64(moved), side="right"))
-    rest = np.array(iov[first:], order="C")
-    skip = np.uint64(moved - (int(ends[first - 1]) if first else 0))
-    rest[0, 0] += skip
-    rest[0, 1] -= skip
-    return rest
-
-
-def outcome(result: int, moved: int, length: int, write: bool, stalls: int = 0) -> int | None:
-    """What a transfer's `done` gets after a call gave `result` (bytes or -errno); None: go on.
-
-    moved: bytes of the transfer before this call. length: bytes of the whole transfer. stalls: calls in a row before
-    this one that moved nothing.
-    """
-    if result in (-errno.EINTR, -errno.EAGAIN):
-        return None if stalls < STALLS else result
-    if result == -errno.EINVAL and not write and moved % _SECTOR:
-        return moved  # O_DIRECT read the file's tail, and what comes after it is not aligned
-    if result < 0:
-        return result
-    if result == 0 or moved + result == length:
-        return moved + result
-    return None

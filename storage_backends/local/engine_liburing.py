@@ -26,7 +26,8 @@ import numpy as np
 
 from storage_backends.local._liburing_abi import SQE_ASYNC, Ring
 from storage_backends.local.engine import EngineUnavailable, Transfer
-from storage_backends.local.engine_common import IOV_MAX, CountedEngine, outcome, rest_of
+from storage_backends.local.engine_common import CountedEngine
+from storage_backends.vectored import IOV_MAX, outcome, rest_of
 
 logger = logging.getLogger(__name__)
 

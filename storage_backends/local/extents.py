@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from storage_backends.direct_io import DirectIo
 from storage_backends.format import BLOCK, ExtentHeader, FormatError
-from storage_backends.local.files import DirectIo, open_extent, preallocate
+from storage_backends.local.files import open_extent, preallocate
 
 
 @dataclass(slots=True, eq=False)

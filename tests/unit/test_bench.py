@@ -19,7 +19,7 @@ from hicache_ext.bench.io_memory import Memory, VerifiedPass
 from hicache_ext.bench.io_rounds import Case, Samples, Setup, Timing, measure, row
 from hicache_ext.cli import bench, bench_io
 from storage_backends.buffers import HUGE_PAGE, OwnedMemory
-from storage_backends.local.files import probe_direct
+from storage_backends.direct_io import probe_direct
 
 BLOCK = 2 << 20
 GIGABYTE = 1_000_000_000

@@ -24,9 +24,9 @@ from hicache_ext.cli.main import app
 from hicache_ext.doctor import Finding, Level, checkup, disk, engines, memory, software, tier
 from hicache_ext.doctor.isolation import Call, ask
 from storage_backends.base import Dispatcher
+from storage_backends.direct_io import DirectIo
 from storage_backends.local import LocalBackend, engine_liburing, engine_threads, writer
 from storage_backends.local.engine import PREFERENCE
-from storage_backends.local.files import DirectIo
 from tests.pages import HostPool, chain, namespace
 
 #: Imported while whoever runs the tests may: the interpreter itself may lie where nobody cannot read.

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from storage_backends.buffers import OwnedMemory
 from storage_backends.local.engine import EngineUnavailable, IoEngine, Transfer
-from storage_backends.local.engine_common import STALLS, outcome, rest_of
 from storage_backends.local.engine_liburing import LiburingEngine
 from storage_backends.local.engine_threads import ThreadsEngine
+from storage_backends.vectored import STALLS, outcome, rest_of
 
 BLOCK = 4096
 ROOM = 4 << 20

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from storage_backends.direct_io import DirectIo
 from storage_backends.format import BLOCK, ExtentHeader, FormatError
 from storage_backends.local import extents as extents_module
 from storage_backends.local.device import START, Device
 from storage_backends.local.extents import Extent, ExtentFiles, extent_numbers, retired_numbers
-from storage_backends.local.files import DirectIo
 
 SIZE = BLOCK + 8 * 2 * BLOCK
 

@@ -635,8 +635,8 @@ def test_the_tier_itself_works_beside_garbage(
 
 def test_a_log_without_records_is_news(filled: Path) -> None:
     """A reader forgets what an emptied folder had."""
+    from storage_backends.direct_io import probe_direct
     from storage_backends.local.extents import ExtentFiles
-    from storage_backends.local.files import probe_direct
     from storage_backends.local.folder import Folder
     from storage_backends.local.index import Index
 

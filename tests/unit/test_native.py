@@ -27,12 +27,12 @@ from hypothesis import strategies as st
 from hicache_ext.page import Namespace
 from storage_backends.base import Dispatcher, Outcome
 from storage_backends.buffers import OwnedMemory
+from storage_backends.direct_io import DirectIo
 from storage_backends.format import BLOCK, ExtentHeader, SlotHeader, SlotHeaders, SlotShape
 from storage_backends.local import LocalBackend
 from storage_backends.local.engine import Transfer, open_engine
 from storage_backends.local.engine_threads import ThreadsEngine
 from storage_backends.local.extents import Extent
-from storage_backends.local.files import DirectIo
 from storage_backends.local.slot_transfers import TransferSlots, judge
 from storage_backends.local.slots import CancelFlag, SlotEngine, SlotGroup, SlotIo, Verdict
 from tests.pages import HostPool, chain, namespace

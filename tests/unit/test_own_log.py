@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from hicache_ext.page import NO_PARENT
+from storage_backends.direct_io import DirectIo
 from storage_backends.local import folder as folder_module
 from storage_backends.local import own_log
 from storage_backends.local.extents import ExtentFiles
-from storage_backends.local.files import DirectIo
 from storage_backends.local.folder import Folder
 from storage_backends.local.index import Index, Page
 from storage_backends.local.index_choice import AnyIndex, open_index
