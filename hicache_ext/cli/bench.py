@@ -13,6 +13,7 @@ from hicache_ext.cli.bench_index import index_command
 from hicache_ext.cli.bench_io import io_command
 from hicache_ext.cli.bench_policy import policy_command
 from hicache_ext.cli.bench_serve import serve_command
+from hicache_ext.cli.bench_tiers import tiers_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command("io")(io_command)
@@ -20,6 +21,7 @@ app.command("policy")(policy_command)
 app.command("index")(index_command)
 app.command("copy")(copy_command)
 app.command("serve")(serve_command)
+app.command("tiers")(tiers_command)
 
 
 @app.callback()

@@ -13,20 +13,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import S3Store
 
 from storage_backends.base import BackendOptions, Buffers, Capabilities, Dispatcher
 from storage_backends.object_backend import Group, ObjectBackend, TooLate, Unreachable
+from storage_backends.s3.client import open_store
 from storage_backends.s3.options import S3Options
 
 _PARTS_AT_ONCE = 4
 _DELETE_AT_ONCE = 1000
-_RETRIES = 3
 #: What obstore gathers of an answer before it hands it over: it is copied from there into the page, and nowhere else.
 _CHUNK = 256 << 10
 
@@ -42,23 +40,7 @@ class S3Backend(ObjectBackend):
 
     def __init__(self, options: S3Options, dispatcher: Dispatcher) -> None:
         super().__init__(options, dispatcher)
-        limit = timedelta(seconds=options.timeout)
-        client: dict[str, Any] = {"timeout": limit, "connect_timeout": min(limit, timedelta(seconds=5))}
-        if options.allow_http:
-            client["allow_http"] = True
-        if options.tls_ca is not None:
-            client["root_certificate"] = options.tls_ca.read_bytes()
-        config: dict[str, Any] = {"region": options.region, **options.credentials()}
-        if options.endpoint:
-            config["endpoint"] = options.endpoint
-        if not options.endpoint.startswith("http:"):
-            config["unsigned_payload"] = True  # TLS and our own checksums cover it; hashing it again is the CPU's time
-        self._store = S3Store(
-            options.bucket,
-            client_options=client,
-            retry_config={"max_retries": _RETRIES, "retry_timeout": limit},
-            **config,
-        )
+        self._store = open_store(options)
         self._heads = ThreadPoolExecutor(options.connections, thread_name_prefix="s3-head")
 
     @classmethod
