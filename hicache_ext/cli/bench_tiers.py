@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,8 +54,6 @@ def tiers_command(
     from hicache_ext.config import Config, ConfigError
 
     console, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-    logging.getLogger("storage_backends").setLevel(logging.CRITICAL)  # what fails is in the answer
-    logging.getLogger("hicache_ext").setLevel(logging.CRITICAL)
     left_out: list[str] = []
 
     def say(line: str) -> None:
@@ -69,7 +69,7 @@ def tiers_command(
     )  # fmt: skip
     try:
         config = Config.load(file)
-        with console.status("starting") as status:
+        with console.status("starting") as status, _silent():
             plan.progress = status.update
             rows, failed = tiers.run(config, plan, tier or [], dead or [], say)
     except ConfigError as error:
@@ -90,6 +90,20 @@ def tiers_command(
         written |= {"goals": [verdict.row() for verdict in goals], "left_out": left_out, "failed": failed}
         json_file.write_text(json.dumps(written, indent=1) + "\n")
     raise typer.Exit(1 if failed else 0)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What tiers log meanwhile is left out: that one fails is in the answer, that one is dead is meant."""
+    loggers = [logging.getLogger(name) for name in ("hicache_ext", "storage_backends")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
