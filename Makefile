@@ -99,7 +99,7 @@ fuzz: venv
 
 # The index, the native engine and the checksums under ASan with UBSan, then under TSan (which wants the old address
 # layout).
-SANITIZED_INDEX := $(addprefix csrc/index/,test_index.cpp chains.cpp folders.cpp index.cpp log.cpp order.cpp) csrc/checksum/crc32c.cpp
+SANITIZED_INDEX := $(addprefix csrc/index/,test_index.cpp adoption.cpp chains.cpp folders.cpp index.cpp log.cpp order.cpp) csrc/checksum/crc32c.cpp
 SANITIZED := csrc/io/test_engine.cpp csrc/io/engine.cpp csrc/io/ring.cpp csrc/io/slot.cpp csrc/checksum/crc32c.cpp
 CXX ?= g++
 

@@ -1,7 +1,6 @@
-// Pages by place: the extents of each folder, what in them is past its time, and folders that become ours.
+// Pages by place: the extents of each folder, and what in them is past its time.
 #include <algorithm>
 #include <limits>
-#include <tuple>
 
 #include "index/index.hpp"
 
@@ -92,6 +91,16 @@ Numbers Index::in_extent(std::uint32_t folder, std::uint32_t extent) const {
     return found;
 }
 
+Numbers Index::used_slots(std::uint32_t folder, std::uint32_t extent) const {
+    Numbers found;
+    const auto place = place_numbers_.find({folder, extent});
+    if (place == place_numbers_.end()) return found;
+    const Numbers& slots = places_[place->second].slots;
+    for (std::uint32_t slot = 0; slot < slots.size(); ++slot)
+        if (slots[slot] != NONE) found.push_back(slot);
+    return found;
+}
+
 Numbers Index::in_folder(std::uint32_t folder) const {
     Numbers found;
     for (auto at = place_numbers_.lower_bound({folder, 0}); at != place_numbers_.end() && at->first.first == folder; ++at)
@@ -114,6 +123,12 @@ std::pair<std::int64_t, std::uint32_t> Index::last_used(std::uint32_t folder, st
     return last;
 }
 
+std::uint64_t Index::newest_generation(std::uint32_t folder, std::uint32_t extent) const {
+    std::uint64_t newest = 0;
+    for (const std::uint32_t n : in_extent(folder, extent)) newest = std::max(newest, nodes_[n].generation);
+    return newest;
+}
+
 Snapshot Index::capture(bool one, std::uint32_t folder) const {
     Snapshot found{folder, {}};
     if (one) {
@@ -133,53 +148,6 @@ Snapshot Index::capture(bool one, std::uint32_t folder) const {
 
 void Snapshot::sort() {
     std::sort(pages.begin(), pages.end(), [](const Captured& a, const Captured& b) { return a.before(b); });
-}
-
-void Index::adopt(const Numbers& folders) {
-    struct Arrival {
-        std::uint32_t space;
-        double share;  // of its folder's pages of the namespace, those that came before
-        std::size_t queue;
-        std::uint32_t node;
-    };
-    std::vector<Arrival> arrivals;
-    for (std::size_t queue = 0; queue < folders.size(); ++queue) {
-        Numbers pages = in_folder(folders[queue]);
-        std::erase_if(pages, [this](std::uint32_t n) { return nodes_[n].has(OWN); });
-        std::sort(pages.begin(), pages.end(), [this](std::uint32_t a, std::uint32_t b) {
-            return nodes_[a].space != nodes_[b].space ? nodes_[a].space < nodes_[b].space : nodes_[a].rank < nodes_[b].rank;
-        });
-        for (std::size_t from = 0, to = 0; from < pages.size(); from = to) {
-            const std::uint32_t space = nodes_[pages[from]].space;
-            while (to < pages.size() && nodes_[pages[to]].space == space) ++to;
-            for (std::size_t at = from; at < to; ++at)
-                arrivals.push_back({space, static_cast<double>(at - from) / static_cast<double>(to - from), queue, pages[at]});
-        }
-    }
-    if (folders.size() > 1)
-        std::sort(arrivals.begin(), arrivals.end(), [](const Arrival& a, const Arrival& b) {
-            return std::tuple(a.space, a.share, a.queue) < std::tuple(b.space, b.share, b.queue);
-        });
-    std::vector<Captured> adopted;
-    for (const Arrival& arrival : arrivals) {
-        const std::uint32_t n = arrival.node;
-        Node& node = nodes_[n];
-        if (node.has(OWN)) continue;  // a folder that was named twice
-        if (node.parent != NONE) drop_child(node.parent, false);
-        node.flags |= OWN;
-        order(node).inserted(n, hash(node), false);
-        if (node.parent != NONE) add_child(node.parent, true);
-        if (node.own_children() == 0) order(node).became_leaf(n);
-        adopted.push_back({node.rank, node.generation, node.tie, node.space, n});
-    }
-    // A log may name children before their parents: one pass of touches restores "ancestors last".
-    std::sort(adopted.begin(), adopted.end(), [](const Captured& a, const Captured& b) { return a.before(b); });
-    Numbers nodes;
-    for (const Captured& page : adopted) nodes.push_back(page.node);
-    for (std::size_t from = 0, to = 0; from < nodes.size(); from = to) {
-        while (to < nodes.size() && adopted[to].space == adopted[from].space) ++to;
-        touch(spaces_[adopted[from].space]->digest, std::span(nodes).subspan(from, to - from), false);
-    }
 }
 
 }  // namespace hicache::index

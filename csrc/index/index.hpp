@@ -80,9 +80,11 @@ public:
     std::size_t orphans() const { return orphans_; }
     Numbers in_extent(std::uint32_t folder, std::uint32_t extent) const;
     Numbers in_folder(std::uint32_t folder) const;
+    Numbers used_slots(std::uint32_t folder, std::uint32_t extent) const;
     Numbers extents(std::uint32_t folder) const;
     /// The highest rank of an extent's own pages, with its tie; the lowest number there is when it has none.
     std::pair<std::int64_t, std::uint32_t> last_used(std::uint32_t folder, std::uint32_t extent) const;
+    std::uint64_t newest_generation(std::uint32_t folder, std::uint32_t extent) const;
     Snapshot snapshot(std::uint32_t folder) const { return capture(true, folder); }
     /// The same of all own pages, whatever their folder.
     Snapshot snapshot() const { return capture(false, 0); }
@@ -92,7 +94,12 @@ public:
         return node.has(RESIDENT | OWN) && node.generation == page.generation && node.space == page.space &&
                places_[node.place].folder == snapshot.folder;
     }
-    void adopt(const Numbers& folders);
+
+    /// Look at so many nodes for pages of the folders that become ours; whether there are no more. None may come into
+    /// these folders from now on but own ones.
+    bool gather(Adoption& adoption, std::size_t examine) const;
+    /// Make so many of them own pages, in their order; whether there are no more. Those that went since are passed over.
+    bool adopt(Adoption& adoption, std::size_t count);
 
 private:
     struct Space {

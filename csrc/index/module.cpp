@@ -262,6 +262,9 @@ void bind(nb::module_& m) {
     nb::class_<Snapshot>(m, "Snapshot", "The own pages of a folder at one moment; see storage_backends.local.index.")
         .def("__len__", [](const Snapshot& snapshot) { return snapshot.pages.size(); })
         .def("sort", &Snapshot::sort, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<Adoption>(m, "Adoption", "Folders that become ours; see storage_backends.local.index.")
+        .def("__init__", [](Adoption* self, const Numbers& folders) { new (self) Adoption(folders); })
+        .def("sort", &Adoption::sort, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<Index>(m, "Index", "Pages of the local tier by key and by place; see storage_backends.local.index.")
         .def("__init__", [](Index* self, const std::string& order) { new (self) Index(policy(order)); })
         .def("__len__", &Index::size)
@@ -307,9 +310,8 @@ void bind(nb::module_& m) {
         .def("in_extent", [](Index& index, std::uint32_t folder, std::uint32_t extent) {
             return told_all(index, index.in_extent(folder, extent)); })
         .def("used_slots", [](Index& index, std::uint32_t folder, std::uint32_t extent) {
-            Numbers slots;
-            for (const std::uint32_t n : index.in_extent(folder, extent)) slots.push_back(index.page(n).slot);
-            return slots; })
+            const Numbers slots = index.used_slots(folder, extent);
+            return nb::bytes(slots.data(), slots.size() * sizeof(slots[0])); })
         .def("extents", &Index::extents)
         .def("trim", [](Index& index, std::uint32_t folder, std::uint32_t extent, const nb::bytes& space, std::uint32_t slots) {
             const Digest name = digest(space);
@@ -318,14 +320,13 @@ void bind(nb::module_& m) {
         .def("drop", [](Index& index, std::uint32_t folder, const MaybeBytes& space) {
             for (const std::uint32_t n : index.in_folder(folder))
                 if (!space || index.page(n).space == digest(*space)) index.remove(n, false); })
-        .def("newest_generation", [](Index& index, std::uint32_t folder) {
-            std::uint64_t newest = 0;
-            for (const std::uint32_t n : index.in_folder(folder)) newest = std::max(newest, index.page(n).generation);
-            return newest; })
+        .def("newest_generation", &Index::newest_generation)
         .def("last_used", [](Index& index, std::uint32_t folder, std::uint32_t extent) { return index.last_used(folder, extent); })
+        .def("gather", &Index::gather, nb::call_guard<nb::gil_scoped_release>())
         .def("adopt", &Index::adopt, nb::call_guard<nb::gil_scoped_release>())
         .def("own_records", &own_records, nb::arg("folder") = nb::none())
-        .def("snapshot", [](const Index& index, std::uint32_t folder) { return index.snapshot(folder); })
+        .def("snapshot", [](const Index& index, std::uint32_t folder) { return index.snapshot(folder); },
+             nb::call_guard<nb::gil_scoped_release>())
         .def("snapshot_records", &snapshot_records)
         .def("apply_log", &apply);
 }

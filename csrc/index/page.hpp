@@ -1,8 +1,9 @@
-// What is told of pages: one by one, and a folder's at one moment.
+// What is told of pages: one by one, a folder's at one moment, and those that become ours.
 //
 // Belongs here: copies that outlive what they tell of. Does not belong here: the index's own record of a page (node.hpp).
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
@@ -50,6 +51,32 @@ struct Snapshot {
 
     /// First to go first. Looks at nothing that the index changes: needs neither the lock nor the GIL.
     void sort();
+};
+
+/// A page that is about to become ours. share: of its folder's pages of the namespace, those that came before.
+struct Arrival {
+    std::int64_t rank;
+    double share;
+    std::uint64_t generation;
+    std::uint32_t space;
+    std::uint32_t queue;  // which of the folders
+    std::uint32_t node;
+};
+
+/// Folders that become ours, a step at a time: `Index::gather` until it is done, `sort`, `Index::adopt` until it is done.
+struct Adoption {
+    explicit Adoption(const Numbers& named) {
+        for (const std::uint32_t folder : named)
+            if (std::find(folders.begin(), folders.end(), folder) == folders.end()) folders.push_back(folder);
+    }
+
+    /// Looks at nothing that the index changes: needs neither the lock nor the GIL.
+    void sort();
+
+    Numbers folders;  // each once
+    std::vector<Arrival> pages;
+    std::uint32_t looked = 0;
+    std::size_t done = 0;
 };
 
 }  // namespace hicache::index

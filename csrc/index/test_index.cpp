@@ -103,7 +103,7 @@ public:
     /// Everything goes, and nothing is left behind.
     void finish() {
         while (!readers_.empty()) unpin();
-        index_.adopt({0, 1, 2});
+        adopt_all({0, 1, 2});
         for (auto& [name, known] : pages_) known.own = true;
         for (std::uint32_t space = 0; space < 3; ++space) gone(index_.evict(space_of(space), 1u << 20, {}));
         CHECK(pages_.empty() && index_.size() == 0 && index_.orphans() == 0);
@@ -278,9 +278,18 @@ private:
         CHECK(applied.bytes == records.size() && applied.damaged == damaged && applied.extents_gone.empty());
     }
 
+    /// In steps of any size, with pages going between them.
+    void adopt_all(const Numbers& folders) {
+        Adoption adoption(folders);
+        while (!index_.gather(adoption, 1 + below(random_, 200))) {}
+        adoption.sort();
+        remove();
+        while (!index_.adopt(adoption, 1 + below(random_, 60))) remove();
+    }
+
     void adopt() {
         const std::uint32_t folder = below(random_, 3);
-        index_.adopt({folder, folder});
+        adopt_all({folder, folder});
         for (auto& [name, known] : pages_) known.own = known.own || known.folder == folder;
     }
 

@@ -112,7 +112,7 @@ class LocalBackend(Backend):
         tier, removed = self._tier, 0
         if self._elsewhere:
             return 0
-        with self._lock:
+        with tier.writers.claiming, self._lock:
             for page in range(len(batch)):
                 known = self._index.get(batch.namespace.digest, batch.key(page))
                 if known is None:
@@ -127,7 +127,7 @@ class LocalBackend(Backend):
     def clear(self, namespaces: Iterable[Namespace]) -> None:
         if self._elsewhere:
             return
-        with self._lock:
+        with self._tier.writers.claiming, self._lock:
             for disk in self._disks.in_use:
                 disk.directory.clear({namespace.digest for namespace in namespaces})
 

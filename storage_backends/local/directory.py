@@ -21,21 +21,19 @@ from storage_backends.direct_io import remove_old_probes
 from storage_backends.format import BLOCK, FORMAT_LINE, VERSION, ExtentHeader, FormatError, SlotShape, UnknownVersion
 from storage_backends.local.extents import ExtentFiles, extent_numbers
 from storage_backends.local.files import try_lock
-from storage_backends.local.folder import LOCK, Folder, folder_number
+from storage_backends.local.folder import LOCK, POLL_SECONDS, Folder, folder_number
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.residency import NAME, Kind, LogWriter, Record
 from storage_backends.local.rules import Rules
 from storage_backends.local.shares import Use, shares
 from storage_backends.local.use import Told, read_use
-from storage_backends.local.writer import RemovedListener, Writer
+from storage_backends.local.writer import Writer
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "FORMAT"
 #: Folder numbers in the index that each disk has for its own.
 FOLDERS = 1 << 24
-#: What reading one folder's log may take of a caller's time.
-_REFRESH_SECONDS = 0.002
 #: Evicting or refusing makes a writer one that wants more, for this long.
 _WANTING_SECONDS = 10.0
 #: Folders of others are not looked through again for room for this long, when they left none.
@@ -71,10 +69,11 @@ class Directory:
     """
 
     def __init__(
-        self, path: Path, capacity: int, files: ExtentFiles, index: AnyIndex, rules: Rules, base: int = 0,
-        peers: dict[int, Writer] | None = None, seconds: float | None = None,
+        self, path: Path, capacity: int, files: ExtentFiles, index: AnyIndex, rules: Rules, lock: threading.RLock,
+        base: int = 0, peers: dict[int, Writer] | None = None, seconds: float | None = None,
     ) -> None:  # fmt: skip
-        """base: of this disk's folder numbers in the index, FOLDERS apart for each disk. peers: Writer.peers.
+        """lock: the tier's, taken only to let the index know of pages. base: of this disk's folder numbers in the
+        index, FOLDERS apart for each disk. peers: Writer.peers.
 
         seconds: of `refresh`, for what is known at once of the pages that are here. Raises OptionError, FormatError.
         """
@@ -84,7 +83,7 @@ class Directory:
         self.index = index
         self.rules = rules
         self.base = base
-        self._peers = {} if peers is None else peers
+        self.peers = {} if peers is None else peers
         self.folders: dict[int, Folder] = {}
         self.writer: Writer | None = None
         self.share = capacity
@@ -97,7 +96,8 @@ class Directory:
         self._unknown: set[int] = set()
         self._inode = _prepare(path)
         remove_old_probes(path)
-        self.refresh(seconds)
+        with lock:
+            self.refresh(seconds)
         for folder in self.folders.values():
             folder.namespaces()  # an extent of an unknown version refuses now, not at the first write
         self._open = True
@@ -109,7 +109,7 @@ class Directory:
         except OSError:
             return True
 
-    def refresh(self, seconds: float | None = _REFRESH_SECONDS) -> bool:
+    def refresh(self, seconds: float | None = POLL_SECONDS) -> bool:
         """Notice new folders, and what other writers stored and removed; whether there was anything of that.
 
         seconds: for each folder, roughly, so that a log that must be read anew holds up nobody; `behind` says whether
@@ -149,48 +149,11 @@ class Directory:
                 logger.warning("%s: %s: a newer program writes here; its pages are not seen", folder.path, error)
         return False
 
-    def claim(self, namespace: bytes, removed: RemovedListener) -> Writer:
-        """Become a writer: of an abandoned folder that holds this namespace, else of a new one.
-
-        Its pages are ours to evict once they are adopted (Index.adopt); then `settle`.
-
-        Abandoned folders of other namespaces are left to whoever comes back for them; their room is taken from the
-        oldest when room is short.
-        """
-        if self.writer is not None:
-            return self.writer
-        self.refresh()
-        idle = [(folder.namespaces().get(namespace, 0), number) for number, folder in self.folders.items()]
-        for count, number in sorted(idle, key=lambda pair: (-pair[0], pair[1])):
-            if count and (writer := self._try(number, removed)):
-                return writer
-        number = self.base
-        while True:
-            if number not in self.folders and (writer := self._try(number, removed)):
-                return writer
-            number += 1
-
-    def _try(self, number: int, removed: RemovedListener) -> Writer | None:
-        folder = self.folders.get(number)
-        if folder is not None and folder.has_owner():
-            return None
-        # What the folder's last owner wrote is read to its end once the lock is ours.
-        known = folder or Folder(self.path / f"w{number - self.base}", self.files, self.base)
-        try:
-            writer = Writer.claim(known, self.index, self.rules, self._peers, removed)
-        except UnknownVersion as error:
-            logger.warning("%s: %s: left to a newer program", known.path, error)
-            writer = None
-        if writer is None:
-            return None
-        known.close()
-        self.folders.pop(number, None)
+    def settle(self, writer: Writer, seen: list[Seen]) -> None:
+        """A claimed folder's pages are ours: from now on this process writes it. seen: the other folders."""
+        self.folders.pop(writer.number).close()
         self.writer = writer
-        return writer
-
-    def settle(self) -> None:
-        """What follows once the index knows that a claimed folder's pages are ours."""
-        self.update_share()
+        self.part(seen)
         self.wake.set()
 
     def update_share(self) -> None:

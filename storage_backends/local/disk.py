@@ -22,6 +22,7 @@ from storage_backends.local.device import Device, home_of
 from storage_backends.local.directory import FOLDERS, Directory
 from storage_backends.local.engine import IoEngine, open_engine
 from storage_backends.local.extents import Extent, ExtentFiles
+from storage_backends.local.folder import YIELD_SECONDS
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.rules import Rules
 from storage_backends.local.slots import CancelFlag, SlotIo, slot_engine
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 FAILURES = 8
 #: Errors that say nothing about the disk's health.
 _HARMLESS = frozenset({errno.ECANCELED, errno.ENOSPC, errno.EDQUOT})
-#: Lets another thread have the lock, which is not fair by itself.
-_YIELD_SECONDS = 0.0005
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,9 @@ class Disk:
             files = Device(path, home)
         direct = self.direct = files.direct
         try:
-            with self._lock:
-                self.directory = Directory(
-                    home, capacity, files, around.index, around.rules, number * FOLDERS, around.peers,
-                    seconds,
-                )  # fmt: skip
+            self.directory = Directory(
+                home, capacity, files, around.index, around.rules, self._lock, number * FOLDERS, around.peers, seconds
+            )
         except FormatError as error:  # a folder of a version that we do not know
             raise OptionError(
                 "path", str(path), f"holds another format: {error}",
@@ -192,7 +189,7 @@ class Disk:
                 self.directory.refresh()
                 if not self.directory.behind:
                     return
-            time.sleep(_YIELD_SECONDS)
+            time.sleep(YIELD_SECONDS)
 
     def _retain_files(self) -> None:
         """Tell the engine which extents are still open: what it registered of the others holds their space."""
@@ -214,4 +211,7 @@ class Disk:
             thread.join(max(0.0, until - time.monotonic()))
         with self._lock:
             self.directory.close(quiet)
+            claim = self.supply.claiming
+            if claim is not None and claim.writer is not None:
+                claim.writer.close(quiet)
         return quiet

@@ -188,17 +188,20 @@ class Disks:
             return
         try:
             probe(bay.path, home_of(bay.path, self._around.metadata))
-            with self._lock:  # what its logs say is known to the index and served at once
-                if self._closing.is_set():
-                    return
-                disk = Disk(bay.number, bay.path, bay.capacity, self._around, 0.0)
-                bay.take_in(disk)
-                self._count()
+            disk = Disk(bay.number, bay.path, bay.capacity, self._around, 0.0)
         except (OptionError, OSError) as error:
             bay.reason = str(error)
             bay.wait(time.monotonic())
             return
-        for address, length in list(self._memory):
+        with self._lock:
+            closing, memory = self._closing.is_set(), list(self._memory)
+            if not closing:
+                bay.take_in(disk)
+                self._count()
+        if closing:
+            disk.close(time.monotonic() + 1.0)
+            return
+        for address, length in memory:
             disk.engine.register_memory(address, length)
         logger.warning("local tier: disk %s is in use again", bay.path)
 

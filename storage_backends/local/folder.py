@@ -20,6 +20,9 @@ from storage_backends.local.residency import BLOCK_RECORDS, NAME, LogReader
 logger = logging.getLogger(__name__)
 
 LOCK = "lock"
+#: What reading a log may take at a time under the lock, and for how long it is then left to others: it is not fair by
+#: itself.
+POLL_SECONDS, YIELD_SECONDS = 0.002, 0.0005
 #: Records that are taken in between two looks at the clock: about a millisecond's worth.
 _PIECE_RECORDS = 1024
 
@@ -39,6 +42,7 @@ class Folder:
         self.files = files
         self.extents: dict[int, Extent] = {}
         self.lost: set[int] = set()  # extents that the log names and that are not there
+        self.ours = False  # this process appends to the log: nothing in it is news
         self.behind = False  # more of the log is there than was taken in
         self.damaged = 0  # records of the log that did not pass their checksums
         self._log = LogReader(path / NAME)
@@ -54,6 +58,8 @@ class Folder:
         seconds: stop after a piece when so much time went by, `behind`, to be called again; None: go to the end.
         final: nobody writes to the log now, and what its last record lacks will not come.
         """
+        if self.ours:
+            return False
         until = None if seconds is None else time.monotonic() + seconds
         changed, self.behind = False, True
         for block in self._log.blocks(BLOCK_RECORDS if seconds is None else _PIECE_RECORDS):

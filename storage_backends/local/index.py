@@ -23,12 +23,24 @@ import numpy as np
 
 from hicache_ext.page import NO_PARENT, split_keys
 from storage_backends.format import FormatError
-from storage_backends.local.index_entry import SECOND, Entry, Page, Pinned, Snapshot, Space, whole_seconds
+from storage_backends.local.index_entry import (
+    SECOND,
+    Adoption,
+    Entry,
+    Page,
+    Pinned,
+    Snapshot,
+    Space,
+    whole_seconds,
+)
 from storage_backends.local.index_places import Places
 from storage_backends.local.policy import ORDERS
 from storage_backends.local.residency import RECORD_BYTES, Kind, Record, encode, encode_stored
 
-__all__ = ["Index", "Page", "Pinned", "Snapshot"]
+__all__ = ["ADOPTED", "GATHERED", "Index", "Page", "Pinned", "Snapshot"]
+
+#: Steps of an adoption that the lock is held for: pages looked at, and pages taken in.
+GATHERED, ADOPTED = 1 << 14, 1 << 11
 
 
 class _Kept:
@@ -346,8 +358,9 @@ class Index:
     def in_extent(self, folder: int, extent: int) -> list[Page]:
         return [entry.told() for entry in self._places.entries(folder, extent)]
 
-    def used_slots(self, folder: int, extent: int) -> list[int]:
-        return self._places.slots(folder, extent)
+    def used_slots(self, folder: int, extent: int) -> np.ndarray:
+        """uint32[n]: slots that hold a page, in no order."""
+        return np.array(self._places.slots(folder, extent), np.uint32)
 
     def extents(self, folder: int) -> list[int]:
         """Extents of a folder that hold pages."""
@@ -365,34 +378,50 @@ class Index:
             if namespace in (None, entry.page.namespace):
                 self._remove(entry)
 
-    def newest_generation(self, folder: int) -> int:
-        return max((entry.page.generation for entry in self._places.in_folder(folder)), default=0)
+    def newest_generation(self, folder: int, extent: int) -> int:
+        return max((entry.page.generation for entry in self._places.entries(folder, extent)), default=0)
 
-    def adopt(self, *folders: int) -> None:
-        """This process became the writer of these folders: their pages are ours to evict, as they came.
+    def adoption(self, *folders: int) -> Adoption:
+        """This process becomes the writer of these folders: their pages will be ours to evict, in the order in which
+        they came. A step at a time, so that nobody waits for a million of them: `gather` until it says so, `sort`,
+        `adopt` until it says so. No page comes into these folders meanwhile.
 
         Folders that are adopted together are merged, each spread evenly: pages of one disk must not all go before those
         of the next.
         """
-        for namespace, space in self.spaces.items():
-            queues = [
-                [entry for entry in space.entries.values() if entry.page.folder == folder and not entry.page.own]
-                for folder in dict.fromkeys(folders)
-            ]
-            shares = [
-                (at / len(queue), number, entry)
-                for number, queue in enumerate(queues)
-                for at, entry in enumerate(queue)
-            ]
-            merged = [entry for _, _, entry in sorted(shares, key=lambda share: share[:2])]
-            for entry in merged:
-                self._leave(space, entry, evicted=False)
-                entry.page = entry.page._replace(own=True)
-                self._enter(space, entry)
-            # A log may name children before their parents: one pass of touches restores "ancestors last".
-            if merged:
-                fresh = sorted((entry.page.key for entry in merged), key=lambda key: space.order.pages[key].rank)
-                self.touch(namespace, fresh, used=False)
+        return Adoption(list(dict.fromkeys(folders)))
+
+    def gather(self, adoption: Adoption, examine: int = GATHERED) -> bool:
+        """Look at so many pages for those that will be ours; whether that is all."""
+        for number, space in enumerate(self.spaces.values()):
+            for queue, folder in enumerate(adoption.folders):
+                there = [e.page for e in space.entries.values() if e.page.folder == folder and not e.page.own]
+                adoption.pages += [
+                    (number, at / len(there), queue, page.namespace, page.key, page.generation)
+                    for at, page in enumerate(there)
+                ]
+        return True
+
+    def adopt(self, adoption: Adoption, count: int = ADOPTED) -> bool:
+        """Make so many of them own pages; whether that is all. Pages that went since are passed over."""
+        adopted: dict[bytes, list[bytes]] = {}
+        end = min(adoption.done + count, len(adoption.pages))
+        for _, _, queue, namespace, key, generation in adoption.pages[adoption.done : end]:
+            entry = self._get(namespace, key)
+            there = entry is not None and not entry.page.own and entry.page.generation == generation
+            if entry is None or not there or entry.page.folder != adoption.folders[queue]:
+                continue
+            space = self.spaces[namespace]
+            self._leave(space, entry, evicted=False)
+            entry.page = entry.page._replace(own=True)
+            self._enter(space, entry)
+            adopted.setdefault(namespace, []).append(key)
+        adoption.done = end
+        # A log may name children before their parents: touching all of them restores "ancestors last".
+        for namespace, keys in adopted.items():
+            ranks = self.spaces[namespace].order.pages
+            self.touch(namespace, sorted(keys, key=lambda key: ranks[key].rank), used=False)
+        return adoption.done == len(adoption.pages)
 
     # -- the log -------------------------------------------------------------------------------------------------
 

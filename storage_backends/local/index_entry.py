@@ -100,3 +100,20 @@ class Snapshot:
     def sort(self) -> None:
         """First to go first. Needs no lock: looks at nothing that the index changes."""
         self.pages.sort(key=lambda page: page[:2])
+
+
+@dataclass
+class Adoption:
+    """Pages of these folders on their way to be ours (Index.adoption).
+
+    pages: number of the namespace, share of its folder's pages that came before, which of the folders; namespace, key
+    and generation. done: how many are ours by now.
+    """
+
+    folders: list[int]
+    pages: list[tuple[int, float, int, bytes, bytes, int]] = field(default_factory=list)
+    done: int = 0
+
+    def sort(self) -> None:
+        """In the order in which they will be ours. Needs no lock: looks at nothing that the index changes."""
+        self.pages.sort(key=lambda page: page[:3])

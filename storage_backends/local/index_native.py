@@ -9,9 +9,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from hicache_ext._native import Adoption as _Adoption
 from hicache_ext._native import Index as _Index
 from hicache_ext.page import KEY_BYTES, split_keys
-from storage_backends.local.index import Page, Pinned
+from storage_backends.local.index import ADOPTED, GATHERED, Page, Pinned
 
 _ABSENT = np.uint32(0xFFFFFFFF)
 
@@ -32,7 +33,7 @@ class NativeIndex:
         self.memory, self.has, self.touched, self.orphans = index.memory, index.has, index.touched, index.orphans
         self.fail, self.link, self.last_used = index.fail, index.link, index.last_used
         self.set_capacity = index.set_capacity
-        self.extents, self.used_slots, self.trim = index.extents, index.used_slots, index.trim
+        self.extents, self.trim = index.extents, index.trim
         self.newest_generation, self.own_records, self.apply_log = (
             index.newest_generation, index.own_records, index.apply_log,
         )  # fmt: skip
@@ -103,8 +104,17 @@ class NativeIndex:
     def expired(self, namespace: bytes, limit: int, examine: int = 4096) -> list[Page]:
         return list(map(Page._make, self._index.expired(namespace, limit, examine)))
 
-    def adopt(self, *folders: int) -> None:
-        self._index.adopt(list(folders))
+    def adoption(self, *folders: int) -> _Adoption:
+        return _Adoption(list(folders))
+
+    def gather(self, adoption: _Adoption, examine: int = GATHERED) -> bool:
+        return self._index.gather(adoption, examine)
+
+    def adopt(self, adoption: _Adoption, count: int = ADOPTED) -> bool:
+        return self._index.adopt(adoption, count)
+
+    def used_slots(self, folder: int, extent: int) -> np.ndarray:
+        return np.frombuffer(self._index.used_slots(folder, extent), np.uint32)
 
     def coldest(self, candidates: Iterable[bytes]) -> bytes | None:
         return min(candidates, key=self.touched, default=None)

@@ -4,11 +4,11 @@ Belongs here: the order of the means, whether a page is worth one, and what no p
 slots and extents come and go (writer.py), on which disk (writers.py), which page goes first (policy/), or moving bytes
 (writes.py).
 
-The means, in order: a free slot, a new extent, an extent of a colder namespace that has more, own pages, an extent of
-the coldest other namespace, an extent of a folder without a writer. Extents of others are taken over as they are; most
-are there before they are needed (supply.py). From the third on something goes that may be
-asked for again, so a page must be worth it (admission) and of use: its parent must be here to stay, since an engine
-uses a page only with all its ancestors, and none of its ancestors may go for it.
+The means, in order: a free slot, a new extent, a slot in which the scan after a start may yet find a page, an extent of
+a colder namespace that has more, own pages, an extent of the coldest other namespace, an extent of a folder without a
+writer. Extents of others are taken over as they are; most are there before they are needed (supply.py). From the fourth
+on something goes that may be asked for again, so a page must be worth it (admission) and of use: its parent must be
+here to stay, since an engine uses a page only with all its ancestors, and none of its ancestors may go for it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Grant:
     """What a batch got: parts, each with its pages ascending.
 
     refused: the other pages, ascending, each with why: "admission", "unreachable" (its parent is refused),
-    "pinned_full" (its namespace gives up nothing), "no_room".
+    "pinned_full" (its namespace gives up nothing), "no_room", "starting" (no disk has answered yet).
     error: why no room could be made for them, when a device said so.
     """
 
@@ -60,13 +60,14 @@ class Grant:
 
 class _Request:
     """Pages of a batch that still want room. left: in the running. stranded: worth room, but their parents are not
-    here to stay. kept: keys that may not go for this batch. short: there was not room enough without taking any."""
+    here to stay. kept: keys that may not go for this batch. short: there was not room enough without taking any.
+    starting: the disks did not answer yet, so there is no writer."""
 
     def __init__(self, batch: KeyBatch, pages: list[int], admit: Callable[[int], bool] | None, pinned: bool) -> None:
         """pinned: no page of the batch's namespace may go."""
         self.batch = batch
         self.pinned = pinned
-        self.short = False
+        self.short = self.starting = False
         self.left = pages
         self.stranded: list[int] = []
         self.kept: set[bytes] = set()
@@ -124,6 +125,8 @@ class _Request:
         for page in sorted({*self.left, *self.stranded, *beside}):
             if page in beside:
                 why = "admission"
+            elif self.starting:
+                why = "starting"
             else:
                 why = "pinned_full" if self.pinned else "no_room"
                 if self.batch.parent(page) in gone:
@@ -152,8 +155,9 @@ class Room:
         rule = self._rules.of(space.digest, space.description)
         request = _Request(batch, pages, admit, rule.pin)
         try:
-            self._writers.claim(space.digest)
-            self._provide(request, shape)
+            request.starting = not self._writers.ready()
+            if not request.starting:
+                self._provide(request, shape)
         except OSError as error:
             request.grant.error = error
         grant = request.close()
@@ -203,6 +207,8 @@ class Room:
                 except OSError as error:
                     request.grant.error = error
             request.take(self._writers.take(namespace.digest, request.keys))
+        if request.left:
+            request.take(self._writers.take(namespace.digest, request.keys, unread=True))
 
     def _judge(self, request: _Request) -> None:
         """Set aside the pages for which nothing may go."""

@@ -3,10 +3,10 @@
 Belongs here: what is done in the background for one directory's writer, and in which order. Does not belong here: how
 (writer.py, extents.py), what a write does itself (room.py), or how much a writer may hold (shares.py).
 
-Making and deleting a large file can take seconds. So each is planned under the tier's lock, done without it, and
-finished under it. In order: an extent for a namespace that runs short, a new one or one of a colder namespace; an
-extent less where the writer holds more than its part; the files of extents that were given up; pages that hang below
-those that went with an extent.
+Making and deleting a large file can take seconds, and so can a first look at a folder that becomes ours (claim.py).
+So each is planned under the tier's lock, done without it, and finished under it. In order: an extent for a namespace
+that runs short, a new one or one of a colder namespace; an extent less where the writer holds more than its part; the
+files of extents that were given up; pages that hang below those that went with an extent.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from functools import partial
 from typing import TypeVar
 
 from storage_backends.format import ExtentHeader
+from storage_backends.local.claim import Claim
 from storage_backends.local.directory import Directory, look
 from storage_backends.local.extents import Extent, retired_numbers
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.use import write_use
-from storage_backends.local.writer import Writer
+from storage_backends.local.writer import RemovedListener, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +42,25 @@ _SWEPT, _SWEEPS = 256, 16
 
 
 class Supply:
-    """One thread for one directory. index, directory: under `lock`."""
+    """One thread for one directory. index, directory: under `lock`. claiming: an attempt to become its writer, until
+    somebody has seen to what came of it."""
 
     def __init__(self, directory: Directory, index: AnyIndex, lock: threading.RLock) -> None:
         self._directory = directory
         self._index = index
         self._lock = lock
         self._closing = False
+        self.claiming: Claim | None = None
         self._touched: dict[bytes, tuple[int, float]] = {}
         self.thread = threading.Thread(target=self._run, name="hicache-supply", daemon=True)
         self.thread.start()
+
+    def claim(self, namespace: bytes, removed: RemovedListener) -> Claim:
+        """Become the folder's writer: the attempt that is under way, or else a new one. Under the lock."""
+        if self.claiming is None:
+            self.claiming = Claim(self._directory, namespace, removed, self._lock)
+            self._directory.wake.set()
+        return self.claiming
 
     def close(self) -> None:
         """Begin nothing more. The thread ends when what it does now is done; `thread.join` waits for that."""
@@ -63,6 +73,8 @@ class Supply:
             directory.wake.wait(TICK_SECONDS)
             directory.wake.clear()
             try:
+                if self.claiming is not None and not self.claiming.done.is_set():
+                    self.claiming.run()
                 if directory.writer is None or directory.gone():
                     continue
                 if time.monotonic() - last_share > SHARE_SECONDS:
@@ -78,6 +90,8 @@ class Supply:
                 if not failed:
                     failed = True
                     logger.exception("local tier %s: background work failed (said once)", directory.path)
+        if self.claiming is not None:
+            self.claiming.cancel()
 
     def _share(self) -> None:
         """Say how much we use, see how much the others do, and clean up behind those that are no more."""

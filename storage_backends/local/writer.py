@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,8 +19,8 @@ from collections.abc import Callable, Sequence
 from hicache_ext.page import Namespace
 from storage_backends.format import BLOCK, ExtentHeader, FormatError, SlotShape, UnknownVersion
 from storage_backends.local.extents import Extent, extent_numbers, extent_path, retired_numbers
-from storage_backends.local.files import try_lock
-from storage_backends.local.folder import LOCK, Folder
+from storage_backends.local.folder import POLL_SECONDS, YIELD_SECONDS, Folder
+from storage_backends.local.free_slots import FreeSlots
 from storage_backends.local.headers import Found
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import AnyIndex
@@ -47,11 +48,10 @@ RemovedListener = Callable[[list[Page], str], None]
 class Writer:
     """Owner of one folder. Not thread-safe: the tier's lock is around every method.
 
-    extents: by number; by_namespace has the same. free: slots that hold nothing, per namespace, the last of
-    them first to be taken; at the far end those in which the header scan may yet find a page. leaving: extents that
+    extents: by number; by_namespace has the same. free: slots that hold nothing, per namespace. leaving: extents that
     were given up, whose space is not free yet. disk_bytes: what all of them take on the disk, planned ones too. recent:
-    bytes of our pages hit and stored of late. peers: this process's writers, one on each disk, by number; this one
-    joins them. Chains span disks, so what goes with a page of one may be a page of another.
+    bytes of our pages hit and stored of late. peers: this process's writers, one on each disk, by number; `join` adds
+    this one. Chains span disks, so what goes with a page of one may be a page of another.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class Writer:
         rules: Rules,
         peers: dict[int, Writer],
         removed: RemovedListener,
+        lock: threading.RLock,
     ) -> None:
+        """lock: the tier's, for a moment at a time while this takes over what is in the folder."""
         self.path, self.number = folder.path, folder.number
         self._lock_fd = lock_fd
         self._files = folder.files
@@ -75,53 +77,51 @@ class Writer:
         self.leaving: dict[int, Extent] = {}
         self.disk_bytes = 0
         self.recent = Recent(time.monotonic)
-        self.free: dict[bytes, dict[tuple[int, int], None]] = {}
+        self.free: dict[bytes, FreeSlots] = {}
         self.disk_full_until = 0.0
-        self._continue_log(folder)
-        self._load_extents(folder.lost)
-        self._generation = max(
-            time.time_ns(),
-            index.newest_generation(self.number),
-            *(extent.header.generation for extent in self.extents.values()),
-        )
-        peers[self.number] = self
-        for namespace in self.free:
-            self._tell_capacity(namespace)
+        self._generation = time.time_ns()
+        self._continue_log(folder, lock)
+        self._load_extents(folder.lost, lock)
 
-    @classmethod
-    def claim(
-        cls, folder: Folder, index: AnyIndex, rules: Rules, peers: dict[int, Writer], removed: RemovedListener
-    ) -> Writer | None:
-        """Become the owner of a folder (made if missing), in the index as far as it was polled; None when it has one.
+    def join(self, lock: threading.RLock) -> None:
+        """The pages are ours by now (Index.adopt): take part. An extent at a time under the lock."""
+        with lock:
+            self.peers[self.number] = self
+            for namespace in self.by_namespace:
+                self._tell_capacity(namespace)
+        for extent in list(self.extents.values()):
+            with lock:
+                header, number = extent.header, extent.number
+                self._generation = max(
+                    self._generation, header.generation, self._index.newest_generation(self.number, number)
+                )
+                used = self._index.used_slots(self.number, number)
+                self._free(header.namespace).add_unread(number, header.slots, used)
 
-        Raises UnknownVersion, OSError.
-        """
-        folder.path.mkdir(parents=True, exist_ok=True)
-        lock_fd = try_lock(folder.path / LOCK)
-        if lock_fd is None:
-            return None
-        try:
-            return cls(folder, lock_fd, index, rules, peers, removed)
-        except BaseException:
-            os.close(lock_fd)
-            raise
-
-    def _continue_log(self, folder: Folder) -> None:
+    def _continue_log(self, folder: Folder, lock: threading.RLock) -> None:
         """Take in the end of the folder's log, and go on with it. `log_is_whole`: as far as can be seen."""
         readable = True
         try:
-            folder.poll(self._index, final=True)
+            behind = True
+            while behind:
+                with lock:
+                    folder.poll(self._index, POLL_SECONDS, final=True)
+                    behind = folder.behind
+                time.sleep(YIELD_SECONDS)
         except OSError as error:
             logger.warning("%s: its residency log cannot be read: %s; begun anew", self.path, error)
             readable = False
+        folder.ours = True
         self.log = OwnLog(self.path, readable)
         self.log_is_whole = readable and not folder.damaged
-        if not readable or (not self.log.records and self._index.extents(self.number)):
+        with lock:
+            unnamed = not self.log.records and self._index.extents(self.number)
+        if not readable or unnamed:
             self.log.lacks(readers_too=False)
         elif folder.damaged:
             self.log.lacks(readers_too=True)
 
-    def _load_extents(self, lost: set[int]) -> None:
+    def _load_extents(self, lost: set[int], lock: threading.RLock) -> None:
         """lost: extents that are gone, though the log may still name their pages."""
         self._next_number = 1 + max((*extent_numbers(self.path), *retired_numbers(self.path)), default=-1)
         for number in extent_numbers(self.path):
@@ -139,20 +139,21 @@ class Writer:
                 logger.warning("%s: %s; its pages count as misses", path, error)
                 continue
             self._enter(extent)
-        for number in sorted(lost.union(self._index.extents(self.number))):
-            known = self.extents.get(number)
-            if known is None:
+        with lock:
+            known = self._index.extents(self.number)
+        for number in sorted(lost.union(known)):
+            extent_there = self.extents.get(number)
+            if extent_there is None:
                 self.log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
-                self._index.trim(self.number, number, bytes(16), 0)
-                continue
-            before = len(self._index)
-            self._index.trim(self.number, number, known.header.namespace, known.header.slots)
-            if len(self._index) < before:
-                self.log.lacks(readers_too=False)
-        for extent in self.extents.values():
-            live = set(self._index.used_slots(self.number, extent.number))
-            free = self.free.setdefault(extent.header.namespace, {})
-            free.update(((extent.number, slot), None) for slot in range(extent.header.slots) if slot not in live)
+            header = None if extent_there is None else extent_there.header
+            with lock:
+                before = len(self._index)
+                self._index.trim(
+                    self.number, number, bytes(16) if header is None else header.namespace,
+                    0 if header is None else header.slots,
+                )  # fmt: skip
+                if header is not None and len(self._index) < before:
+                    self.log.lacks(readers_too=False)
 
     def _enter(self, extent: Extent) -> None:
         self.extents[extent.number] = extent
@@ -168,6 +169,12 @@ class Writer:
         self.disk_bytes -= extent.header.extent_bytes
         return extent
 
+    def _free(self, namespace: bytes) -> FreeSlots:
+        found = self.free.get(namespace)
+        if found is None:
+            found = self.free[namespace] = FreeSlots()
+        return found
+
     def _tell_capacity(self, namespace: bytes) -> None:
         """Orders weigh uses against how many pages the namespace has room for."""
         extents = [e for writer in self.peers.values() for e in writer.by_namespace.get(namespace, {}).values()]
@@ -181,15 +188,20 @@ class Writer:
 
     # -- room ----------------------------------------------------------------------------------------------------
 
-    def take(self, namespace: bytes, count: int) -> list[Place]:
-        """Up to `count` free slots, pinned."""
+    def take(self, namespace: bytes, count: int, unread: bool) -> list[Place]:
+        """Up to `count` free slots, pinned. unread: FreeSlots.take."""
         free = self.free.get(namespace)
-        if not free or not count:
+        if free is None or not count:
             return []
-        taken = [free.popitem()[0] for _ in range(min(count, len(free)))]
+        taken = free.take(count, unread)
         for number, pins in Counter([number for number, _ in taken]).items():
             self.extents[number].pins += pins
         return [(self.extents[number], slot) for number, slot in taken]
+
+    def free_count(self, namespace: bytes, unread: bool) -> int:
+        """Slots that `take` could give."""
+        free = self.free.get(namespace)
+        return 0 if free is None else len(free) + unread * free.unread
 
     def plan(self, namespace: Namespace, shape: SlotShape, share: int, most: int = _MAX_EXTENT) -> ExtentHeader | None:
         """The next extent for this namespace, of at most `most` bytes and within `share` bytes of disk; None: no room.
@@ -264,7 +276,7 @@ class Writer:
     def _add(self, extent: Extent) -> None:
         self._enter(extent)
         slots = range(extent.header.slots)[::-1]
-        self.free.setdefault(extent.header.namespace, {}).update(((extent.number, slot), None) for slot in slots)
+        self._free(extent.header.namespace).add((extent.number, slot) for slot in slots)
         self._tell_capacity(extent.header.namespace)
 
     def is_pinned(self, namespace: bytes) -> bool:
@@ -291,7 +303,7 @@ class Writer:
     def is_short(self, namespace: bytes) -> bool:
         """Whether a namespace's free slots may not last until more are made."""
         slots = sum(extent.header.slots for extent in self.by_namespace.get(namespace, {}).values())
-        return len(self.free.get(namespace, ())) < min(_AHEAD, max(1, slots // 4))
+        return self.free_count(namespace, False) < min(_AHEAD, max(1, slots // 4))
 
     def sweep(self, limit: int) -> bool:
         """Forget pages that nobody can come by, since what is above them was reclaimed; whether there may be more."""
@@ -358,7 +370,7 @@ class Writer:
     def give_back(self, extent: Extent, slot: int) -> None:
         """An allocated slot that was not used after all."""
         if not extent.doomed:
-            self.free.setdefault(extent.header.namespace, {})[extent.number, slot] = None
+            self._free(extent.header.namespace).add([(extent.number, slot)])
 
     def drop_extent(self, number: int, reason: str) -> None:
         """Give up an extent and everything in it. Its space is freed later (`leaving`)."""
@@ -372,9 +384,7 @@ class Writer:
         gone, _ = self._index.forget(self._index.in_extent(self.number, number), reason in _FOR_ROOM, time.time_ns())
         if gone:
             self._removed(gone, reason)
-        free = self.free.get(extent.header.namespace, {})
-        for place in [place for place in free if place[0] == number]:
-            del free[place]
+        self._free(extent.header.namespace).drop(number)
         self._tell_capacity(extent.header.namespace)
         self.log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
         return extent
@@ -399,7 +409,7 @@ class Writer:
         extents = self.extents
         for page in pages:
             if not page.pins and page.extent in extents:
-                self.free.setdefault(page.namespace, {})[page.extent, page.slot] = None
+                self._free(page.namespace).add([(page.extent, page.slot)])
 
     # -- recovery ------------------------------------------------------------------------------------------------
 
@@ -411,17 +421,16 @@ class Writer:
     def free_slots(self, number: int, slots: range) -> list[int]:
         """Those of an extent's slots that hold no page, as far as is known."""
         extent = self.extents.get(number)
-        free = {} if extent is None else self.free.get(extent.header.namespace, {})
+        if extent is None:
+            return []
+        free = self._free(extent.header.namespace)
         return [slot for slot in slots if (number, slot) in free]
 
     def looked_at(self, extent: Extent, slots: Sequence[int]) -> None:
         """Those of these slots that are free hold nothing that may come back: they are taken before the others."""
-        free = self.free.get(extent.header.namespace, {})
+        free = self._free(extent.header.namespace)
         for slot in reversed(slots):
-            place = (extent.number, slot)
-            if place in free:
-                del free[place]
-                free[place] = None
+            free.looked_at((extent.number, slot))
 
     def recover(self, extent: Extent, found: list[Found], newest: int) -> int:
         """Take in pages that a header scan found in slots of an extent; how many of them.
@@ -431,7 +440,7 @@ class Writer:
         """
         taken: list[Page] = []
         header = extent.header
-        free = self.free.setdefault(header.namespace, {})
+        free = self._free(header.namespace)
         for page in found:
             if extent.doomed or page.namespace != header.namespace or page.generation <= header.generation:
                 continue
@@ -448,7 +457,7 @@ class Writer:
             self.forget(wrong, "stale")
             if (extent.number, page.slot) not in free:
                 continue
-            del free[extent.number, page.slot]
+            free.discard((extent.number, page.slot))
             there = (extent.number, page.slot, page.generation)
             taken.append(Page(page.namespace, page.key, page.parent, self.number, *there, True, page.time_ns))
             self._index.insert(taken[-1], oldest=True)  # nobody asked for it since

@@ -12,6 +12,7 @@ first as they do on one disk, and the page takes the slot that came free.
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,12 +22,16 @@ import numpy as np
 
 from hicache_ext.page import KEY_BYTES, Namespace
 from storage_backends.format import SlotShape
+from storage_backends.local.claim import Claim, adopt
 from storage_backends.local.disk import Disk
 from storage_backends.local.disks import Disks
 from storage_backends.local.extents import Extent
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.writer import Writer
+
+#: A write waits so long for a disk on which it is to become a writer.
+CLAIM_SECONDS = 5.0
 
 
 class Spot(NamedTuple):
@@ -39,47 +44,78 @@ class Spot(NamedTuple):
 
 
 class Writers:
-    """Not thread-safe: the tier's lock is around it."""
+    """Not thread-safe, but for `claim`: the tier's lock is around it. claiming: held while folders become ours."""
 
     def __init__(
         self, index: AnyIndex, disks: Disks, peers: dict[int, Writer], removed: Callable[[list[Page], str], None]
     ) -> None:
         self._index, self._disks, self._peers, self._removed = index, disks, peers, removed
+        self.claiming = threading.Lock()
+        self._problem = OSError(errno.EIO, "no folder could be had")
 
     # -- room ----------------------------------------------------------------------------------------------------
 
-    def claim(self, namespace: bytes) -> None:
-        """Become a writer on every disk in use. OSError when there is none on which that can be done."""
-        problem = OSError(errno.ENODEV, "no disk is in use")
-        claimed = []
-        for disk in self._disks.in_use:
-            if disk.gone:
-                problem = OSError(errno.ENOENT, "the tier's directory is gone")
-            elif disk.directory.writer is None:
-                try:
-                    claimed.append((disk, disk.directory.claim(namespace, self._removed)))
-                except OSError as error:
-                    problem = error
-                    disk.failed(error.errno or errno.EIO)
-        if claimed:
-            # Together, so that pages of one disk do not all go before those of the next.
-            self._index.adopt(*[writer.number for _, writer in claimed])
-            for disk, writer in claimed:
-                disk.directory.settle()
-                disk.upkeep.claimed(writer)
-        if not self._members():
-            raise problem
+    def claim(self, namespace: bytes, lock: threading.RLock) -> None:
+        """Become a writer on every disk in use, before a write. Call without the lock.
 
-    def take(self, namespace: bytes, keys: bytes) -> list[Spot]:
-        """Slots for the first of these keys, as many as are free."""
+        Waits CLAIM_SECONDS at most for disks that do not answer; later writes take them in when they have.
+        """
+        if not self._unclaimed() or not self.claiming.acquire(timeout=CLAIM_SECONDS):
+            return
+        try:
+            with lock:
+                claims = [(disk, disk.supply.claim(namespace, self._removed)) for disk in self._unclaimed()]
+            for _, claim in claims:
+                claim.done.wait(max(0.0, claim.began + CLAIM_SECONDS - time.monotonic()))
+            self._take_in([(disk, claim) for disk, claim in claims if claim.done.is_set()], lock)
+        finally:
+            self.claiming.release()
+
+    def _take_in(self, claims: list[tuple[Disk, Claim]], lock: threading.RLock) -> None:
+        arrived: list[tuple[Disk, Claim, Writer]] = []
+        with lock:
+            for disk, claim in claims:
+                if claim.writer is not None:
+                    arrived.append((disk, claim, claim.writer))
+                elif claim.error is not None:
+                    disk.supply.claiming, self._problem = None, claim.error
+                    disk.failed(claim.error.errno or errno.EIO)
+        # Together, so that pages of one disk do not all go before those of the next.
+        adopt(self._index, lock, [writer.number for _, _, writer in arrived])
+        for disk, claim, writer in arrived:
+            writer.join(lock)
+            with lock:
+                disk.supply.claiming = None
+                if disk.out:
+                    del self._peers[writer.number]
+                    writer.close(quiet=True)
+                    continue
+                disk.directory.settle(writer, claim.seen)
+                disk.upkeep.claimed(writer)
+
+    def ready(self) -> bool:
+        """Whether there is a writer; False while one is on its way. OSError when there is none."""
+        if self._members():
+            return True
+        if any(disk.supply.claiming is not None for disk in self._disks.in_use):
+            return False
+        if self._unclaimed():
+            raise self._problem
+        raise OSError(errno.ENOENT, "no disk is in use, or the tier's directory is gone")
+
+    def _unclaimed(self) -> list[Disk]:
+        return [d for d in self._disks.in_use if d.directory.writer is None and not d.gone and not d.out]
+
+    def take(self, namespace: bytes, keys: bytes, unread: bool = False) -> list[Spot]:
+        """Slots for the first of these keys, as many as are free. unread: FreeSlots.take."""
         members = self._members()
         count = len(keys) // KEY_BYTES
         if len(members) == 1:
             ((disk, writer),) = members
-            places = writer.take(namespace, count)
+            places = writer.take(namespace, count, unread)
             generations = writer.next_generations(len(places))
             return [Spot(disk, *place, number) for place, number in zip(places, generations, strict=True)]
-        free = [len(writer.free.get(namespace, ())) for _, writer in members]
+        free = [writer.free_count(namespace, unread) for _, writer in members]
         chosen = []
         for choice in self._preferred(members, keys)[: sum(free)]:
             at = choice if free[choice] else max(range(len(free)), key=free.__getitem__)
@@ -87,7 +123,7 @@ class Writers:
             chosen.append(at)
         sources = []
         for at, (disk, writer) in enumerate(members):
-            places = writer.take(namespace, chosen.count(at))
+            places = writer.take(namespace, chosen.count(at), unread)
             generations = writer.next_generations(len(places))
             sources.append(iter([Spot(disk, *p, number) for p, number in zip(places, generations, strict=True)]))
         return [next(sources[at]) for at in chosen]
@@ -99,7 +135,7 @@ class Writers:
         """
         members = self._members()
         wanted = Counter(self._preferred(members, keys))
-        free = [len(writer.free.get(namespace.digest, ())) for _, writer in members]
+        free = [writer.free_count(namespace.digest, False) for _, writer in members]
         grown, problems = False, list[OSError]()
 
         def grow(at: int) -> bool:
@@ -114,7 +150,7 @@ class Writers:
                     disk.failed(error.errno or errno.EIO)
                 return False
             grown = True
-            free[at] = len(writer.free[namespace.digest])
+            free[at] = writer.free_count(namespace.digest, False)
             return True
 
         able = list(range(len(members)))

@@ -61,6 +61,7 @@ class Writes:
         completion, cancelled = tier.completion(len(batch))
         digest = batch.namespace.digest
         shape = SlotShape.of_namespace(batch.namespace)
+        tier.writers.claim(digest, tier.lock)
         with tier.lock:
             tier.expiry.meet(batch.namespace)
             tier.disks.refresh()  # what another writer has is not written twice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from hicache_ext.page import NO_PARENT
+from storage_backends.local.claim import adopt
 from storage_backends.local.index import Index, Page
 from storage_backends.local.index_choice import open_index
 from storage_backends.local.policy import ORDERS
@@ -278,7 +280,8 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(which=st.sampled_from([OURS, THEIRS]), extent=st.integers(0, 8), slots=st.integers(0, 16))
     def trim(self, which: int, extent: int, slots: int) -> None:
         self.same("trim", which, extent, SPACE, slots)
-        assert sorted(self.model.used_slots(which, extent)) == self.native.used_slots(which, extent)
+        one, two = (index.used_slots(which, extent) for index in (self.model, self.native))
+        assert sorted(one.tolist()) == two.tolist()
         self.resync()
 
     @rule(space=st.sampled_from([None, SPACE]))
@@ -290,9 +293,21 @@ class IndexMachine(RuleBasedStateMachine):
     def resize(self, capacity: int, space: bytes) -> None:
         self.same("set_capacity", space, capacity)
 
-    @rule(folders=st.sampled_from([[THEIRS], [2], [THEIRS, 2], [2, THEIRS, 2]]))
-    def adopt(self, folders: list[int]) -> None:
-        self.same("adopt", *folders)
+    @rule(folders=st.sampled_from([[THEIRS], [2], [THEIRS, 2], [2, THEIRS, 2]]), gone=st.none() | names,
+          examine=st.integers(1, 100), count=st.integers(1, 40))  # fmt: skip
+    def adopt(self, folders: list[int], gone: int | None, examine: int, count: int) -> None:
+        """gone: a page that goes between two steps."""
+        adoptions = [index.adoption(*folders) for index in (self.model, self.native)]
+        for index, adoption in zip((self.model, self.native), adoptions, strict=True):
+            while not index.gather(adoption, examine):
+                pass
+            adoption.sort()
+        if gone is not None:
+            self.remove(gone, SPACE, False)
+        done = False
+        while not done:
+            done, also = (i.adopt(a, count) for i, a in zip((self.model, self.native), adoptions, strict=True))
+            assert done == also
         self.resync()
 
     @rule(entries=st.lists(st.tuples(names, st.sampled_from(list(Kind)), st.integers(0, 40)), max_size=8),
@@ -329,7 +344,8 @@ class IndexMachine(RuleBasedStateMachine):
         for space in (SPACE, OTHER_SPACE):
             self.same("touched", space)
         for folder in (OURS, THEIRS, 2):
-            self.same("newest_generation", folder)
+            for extent in self.model.extents(folder):
+                self.same("newest_generation", folder, extent)
             assert sorted(self.model.extents(folder)) == self.native.extents(folder)
         if self.exact:
             for folder in (None, OURS, THEIRS):
@@ -404,7 +420,7 @@ def test_adoption_restores_ancestors_last(make: Make) -> None:
     for i in (3, 1, 2):  # a log may name a child before its parent
         index.insert(Page(SPACE, key(i), key(i - 1) if i > 1 else NO_PARENT, 7, 0, i, i, False))
     assert index.victim(SPACE) is None
-    index.adopt(7)
+    adopt(index, threading.RLock(), [7])
     assert [Record.decode(raw).key for raw in records_of(index)] == [key(3), key(2), key(1)]
 
 
@@ -416,7 +432,7 @@ def test_folders_adopted_together_grow_old_together(make: Make) -> None:
         for i in range(10):
             name = 100 * folder + i + 1
             index.insert(Page(SPACE, key(name), NO_PARENT, folder, 0, i, i, False))
-    index.adopt(0, 1)
+    adopt(index, threading.RLock(), [0, 1])
     gone, records = index.evict(SPACE, 10, frozenset(), 5)
     assert sorted(page.folder for page in gone) == [0] * 5 + [1] * 5
     for folder in (0, 1):

@@ -23,6 +23,7 @@ from hicache_ext.page import NO_PARENT
 from storage_backends.direct_io import DirectIo
 from storage_backends.local import folder as folder_module
 from storage_backends.local import own_log
+from storage_backends.local.claim import adopt
 from storage_backends.local.extents import ExtentFiles
 from storage_backends.local.folder import Folder
 from storage_backends.local.index import Index, Page
@@ -58,8 +59,8 @@ class Owner:
         self.index = index
         self.folder.poll(index, final=True)
         self.log = OwnLog(path)
-        self.index.adopt(0)
-        self.generation = index.newest_generation(0)
+        adopt(index, threading.RLock(), [0])
+        self.generation = max((index.newest_generation(0, extent) for extent in index.extents(0)), default=0)
         self.lock = threading.RLock()
         self.compaction: Generator[None, None, None] | None = None
 

@@ -1,0 +1,176 @@
+"""Disks that take their time over files and directories: whoever does not need them goes on."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage_backends.base import Outcome
+from storage_backends.local import LocalBackend, disk, disks, recovery, writers
+from storage_backends.local.extents import ExtentFiles
+from tests import pages
+from tests.pages import HostPool, chain, key_batch, namespace
+from tests.tiers import Open, tiers
+
+MIB = 1 << 20
+SPACE = namespace((16384, 16384))
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Iterator[Open]:
+    with tiers(capacity=64 * MIB, engine="threads") as open_one:
+        yield open_one
+
+
+def store(backend: LocalBackend, keys: list[bytes]) -> list[Outcome]:
+    return backend.write(HostPool(SPACE, len(keys)).write_batch(keys)).result(30)
+
+
+def served(backend: LocalBackend, keys: list[bytes]) -> list[Outcome]:
+    return pages.served(backend, SPACE, keys, 5)
+
+
+def found(backend: LocalBackend, keys: list[bytes]) -> int:
+    return int(backend.lookup(key_batch(SPACE, keys)).sum())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+class Gate:
+    """Calls of one function that do not return before it is opened. which: whether a call is meant."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, which: Callable[..., bool] = lambda *_, **__: True
+    ) -> None:
+        self.entered, self.opened = threading.Event(), threading.Event()
+        kept = getattr(where, name)
+
+        def gated(*arguments: Any, **named: Any) -> Any:
+            if which(*arguments, **named):
+                self.entered.set()
+                assert self.opened.wait(30)
+            return kept(*arguments, **named)
+
+        monkeypatch.setattr(where, name, gated)
+
+
+def opened_to_write(below: Path) -> Callable[..., bool]:
+    return lambda _, folder, number, write: write and folder.is_relative_to(below)
+
+
+@pytest.fixture
+def filled(tier: Open, tmp_path: Path) -> Path:
+    """A tier of one extent with forty pages."""
+    first = tier(tmp_path / "tier")
+    store(first, chain("old", 40))
+    first.close()
+    return tmp_path / "tier"
+
+
+def test_reads_go_on_while_a_folder_becomes_ours(tier: Open, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = tier(filled)
+    gate = Gate(monkeypatch, ExtentFiles, "open", opened_to_write(filled))
+    outcomes: list[Outcome] = []
+    writer = threading.Thread(target=lambda: outcomes.extend(store(backend, chain("new", 4))))
+    writer.start()
+    assert gate.entered.wait(10)
+    assert served(backend, chain("old", 40)) == [Outcome.HIT] * 40
+    assert found(backend, chain("old", 40)) == 40
+    assert not outcomes
+    gate.opened.set()
+    writer.join(20)
+    assert outcomes == [Outcome.HIT] * 4
+    assert served(backend, chain("old", 40) + chain("new", 4)) == [Outcome.HIT] * 44
+
+
+def test_a_write_does_not_wait_for_ever(tier: Open, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "CLAIM_SECONDS", 0.1)
+    backend = tier(filled)
+    gate = Gate(monkeypatch, ExtentFiles, "open", opened_to_write(filled))
+    for _ in range(3):
+        assert store(backend, chain("new", 4)) == [Outcome.REJECTED] * 4
+    assert backend.stats()["rejected_starting"] == 12
+    assert served(backend, chain("old", 40)) == [Outcome.HIT] * 40
+    gate.opened.set()
+    until(lambda: store(backend, chain("new", 4)) == [Outcome.HIT] * 4)
+    assert [path.name for path in filled.glob("w*")] == ["w0"], "there was one attempt"
+
+
+def test_a_tier_that_is_closed_while_it_starts_lets_go_of_the_folder(
+    tier: Open, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "CLAIM_SECONDS", 0.1)
+    backend = tier(filled)
+    gate = Gate(monkeypatch, ExtentFiles, "open", opened_to_write(filled))
+    store(backend, chain("new", 1))
+    threading.Timer(0.3, gate.opened.set).start()
+    backend.close()
+    again = tier(filled)
+    assert store(again, chain("new", 1)) == [Outcome.HIT]
+    assert [path.name for path in filled.glob("w*")] == ["w0"]
+
+
+def test_a_disk_that_does_not_answer_keeps_no_other_from_being_written(
+    tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "CLAIM_SECONDS", 0.2)
+    two = [tmp_path / "a", tmp_path / "b"]
+    first = tier(*two)
+    store(first, chain("old", 80))
+    first.close()
+    backend = tier(*two)
+    gate = Gate(monkeypatch, ExtentFiles, "open", opened_to_write(two[1]))
+    assert store(backend, chain("new", 40)) == [Outcome.HIT] * 40
+    assert served(backend, chain("old", 80)) == [Outcome.HIT] * 80
+    gate.opened.set()
+    until(lambda: bool(store(backend, chain("newer", 4))) and len(backend._tier.writers._members()) == 2)
+    assert served(backend, chain("old", 80) + chain("new", 40)) == [Outcome.HIT] * 120
+
+
+def test_pages_that_the_scan_did_not_reach_yet_are_not_overwritten(
+    tier: Open, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as there is room for another extent."""
+    (filled / "w0" / "residency.log").unlink()
+    gate = Gate(monkeypatch, recovery, "read_headers")
+    backend = tier(filled)
+    assert store(backend, chain("new", 20)) == [Outcome.HIT] * 20
+    assert store(backend, chain("newer", 80)) == [Outcome.HIT] * 80
+    gate.opened.set()
+    until(lambda: "recovered_by_scan" in backend.stats())
+    assert served(backend, chain("old", 40)) == [Outcome.HIT] * 40
+    assert served(backend, chain("new", 20) + chain("newer", 80)) == [Outcome.HIT] * 100
+    assert len(list(filled.rglob("*.ext"))) > 1
+
+
+def test_a_disk_that_comes_back_slowly_holds_up_nobody(
+    tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks, "_FIRST_PROBE_SECONDS", 0.1)
+    two = [tmp_path / "a", tmp_path / "b"]
+    backend = tier(*two)
+    keys = chain("old", 80)
+    store(backend, keys)
+    two[1].rename(tmp_path / "away")
+    until(lambda: backend.stats()["disks_out"] == 1)
+    left = found(backend, keys)
+    gate = Gate(monkeypatch, disk, "open_engine")
+    shutil.move(tmp_path / "away", two[1])
+    assert gate.entered.wait(20)
+    outcomes = served(backend, keys)
+    assert outcomes.count(Outcome.HIT) == left > 20
+    assert store(backend, chain("new", 4)) == [Outcome.HIT] * 4
+    gate.opened.set()
+    until(lambda: backend.stats()["disks_out"] == 0)
+    until(lambda: served(backend, keys) == [Outcome.HIT] * 80)
