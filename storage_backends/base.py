@@ -57,8 +57,27 @@ class Residency(IntEnum):
     REMOVED = 2
 
 
-ResidencyListener = Callable[[Residency, bytes, bytes], None]
-"""(change, namespace digest, packed keys); called on the dispatcher thread."""
+@dataclass(frozen=True)
+class Notes:
+    """What KV events say of n pages, beside their keys: kept with the pages, so that a restart can say it again.
+
+    tokens: uint32[n, page_size]. hashes: int64[n, 2]: event hash, and that of the page before; 0 as event hash:
+    nothing is known of this page; 0 as the other: the page begins a prompt. salt, lora: the request's cache salt and
+    the adapter's name, of all of them; "" where there is none.
+    """
+
+    tokens: np.ndarray
+    hashes: np.ndarray
+    salt: str = ""
+    lora: str = ""
+
+    def only(self, pages: list[int]) -> Notes:
+        """Those of only these pages, in this order."""
+        return Notes(self.tokens[pages], self.hashes[pages], self.salt, self.lora)
+
+
+ResidencyListener = Callable[[Residency, bytes, bytes, Notes | None], None]
+"""(change, namespace digest, packed keys, what is known of the pages that were stored); on the dispatcher thread."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +137,8 @@ class PageBatch(KeyBatch):
     addresses, lengths: uint64[m], one entry per buffer. offsets: int64[n + 1]; page i owns the buffers
     offsets[i]:offsets[i + 1]. owner keeps the memory alive until the batch's completion.
     tokens: uint32[n, page_size]; event_hashes: int64[n, 2] (hash, parent hash; 0 = unknown): kept with the page
-    for KV events, None where the engine did not give them. used: a read counts as a use of the pages, for eviction;
-    not so when they are read on their way out.
+    for KV events, None where the engine did not give them; see Notes. salt, lora: of all pages, as there. used: a read
+    counts as a use of the pages, for eviction; not so when they are read on their way out.
     """
 
     addresses: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
@@ -129,6 +148,15 @@ class PageBatch(KeyBatch):
     tokens: np.ndarray | None = None
     event_hashes: np.ndarray | None = None
     used: bool = True
+    salt: str = ""
+    lora: str = ""
+
+    @property
+    def notes(self) -> Notes | None:
+        """What KV events say of these pages, where the engine gave it."""
+        if self.tokens is None or self.event_hashes is None:
+            return None
+        return Notes(self.tokens, self.event_hashes, self.salt, self.lora)
 
     def buffers(self, i: int) -> Buffers:
         """Page i's buffers as writable views. Valid while `owner` lives."""
@@ -155,6 +183,8 @@ class PageBatch(KeyBatch):
             None if self.tokens is None else self.tokens[pages],
             None if self.event_hashes is None else self.event_hashes[pages],
             self.used,
+            self.salt,
+            self.lora,
         )
 
 
@@ -329,11 +359,23 @@ class Backend(ABC):
         """Who hears of stored and removed pages (None: nobody). Calls come on the dispatcher thread."""
         self._listener = listener
 
-    def report(self, change: Residency, namespace: bytes, keys: bytes) -> None:
-        """For subclasses: tell the listener, if there is one."""
+    def report(self, change: Residency, namespace: bytes, keys: bytes, notes: Notes | None = None) -> None:
+        """For subclasses: tell the listener, if there is one. Changes of one page are reported in their order."""
         listener = self._listener
         if listener is not None and keys:
-            self.dispatcher.post(partial(listener, change, namespace, keys))
+            self.dispatcher.post(partial(listener, change, namespace, keys, notes))
+
+    def tell(self, namespace: bytes) -> bool:
+        """Report a slice of what is there of this namespace and was not reported yet: pages of earlier runs, and of
+        other writers where they can be known. Whether there may be more now. Reads headers: call it from a thread that
+        may wait, again and again. A backend that cannot list what it holds has nothing to tell.
+        """
+        return False
+
+    def recheck(self, namespace: bytes, keys: bytes) -> None:
+        """Report those of these pages, once reported as stored, that are not there any more for a reason that nobody
+        reported: other writers' evictions, time. From memory only: a backend that would have to ask does nothing.
+        """
 
     def stats(self) -> Mapping[str, int | float | str]:
         """Counters and gauges by name. Cheap: may be called every second."""

@@ -39,6 +39,9 @@ A directory holds `FORMAT` (one line, the version) and writer folders `w<k>`; a 
                                         160  u16 salt bytes, u16 LoRA id bytes, 28 bytes of 0
       192  u64[buffers] lengths, u32[chunks] CRC32C, u32[token ids], pool, salt, LoRA id (UTF-8), zeroes
 
+Event hashes, salt (the request's) and LoRA id (the adapter's name) are what KV events say of the page. Where there is
+an event hash, a parent event hash of 0 says that the page begins a prompt.
+
 The chunks' checksums restart at each buffer, so that a part of a page (a layer) can be verified by itself. A slot is
 valid only if magic, version, namespace, key, lengths, header checksum and every chunk's checksum are what was asked.
 A generation is unique within a writer folder and grows; an extent's is smaller than those of its slots.
@@ -261,12 +264,16 @@ class SlotHeaders:
         }
     )
 
-    def __init__(self, namespace: Namespace, shape: SlotShape, tokens: int | None) -> None:
-        """tokens: token ids per page; None: these pages come without."""
+    def __init__(
+        self, namespace: Namespace, shape: SlotShape, tokens: int | None, salt: str = "", lora: str = ""
+    ) -> None:
+        """tokens: token ids per page; None: these pages come without. salt, lora: of all of them."""
         lengths = namespace.layout.buffer_lengths
+        # What KV events say is kept whole or not at all: hashes without their salt would pass for other pages'.
+        self._whole = sum(len(text.encode()) for text in (namespace.pool, salt, lora)) <= _STRINGS
         empty = SlotHeader(
             namespace.digest, NO_PARENT, NO_PARENT, 0, 0, lengths, np.zeros(shape.chunks, np.uint32), namespace.pool,
-            None if tokens is None else np.zeros(tokens, np.uint32), 0, 0, namespace.salt, namespace.lora,
+            None if tokens is None else np.zeros(tokens, np.uint32), 0, 0, salt, lora,
         )  # fmt: skip
         self._blank = np.zeros(shape.header_bytes, np.uint8)
         empty.encode_into(self._blank.data)
@@ -289,7 +296,7 @@ class SlotHeaders:
             fields["parent"][which] = np.frombuffer(parents, "V32")
         fields["generation"][which] = generations
         fields["time"][which] = time_ns
-        if event_hashes is not None:
+        if event_hashes is not None and self._whole:
             fields["events"][which] = event_hashes
             fields["flags"][which] |= np.where(event_hashes[:, 0] != 0, FLAG_EVENT_HASHES, 0).astype(np.uint16)
         if tokens is not None:

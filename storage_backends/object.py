@@ -51,7 +51,7 @@ class ObjectFormat:
         self._shape = SlotShape.of(layout.buffer_lengths, layout.page_size, step)
         self._step, self._seal = step, seal
         self._lengths = np.array(layout.buffer_lengths, np.uint64)
-        self._templates: dict[int | None, SlotHeaders] = {}
+        self._templates: dict[tuple[int | None, str, str], SlotHeaders] = {}
         self.head_bytes = self._shape.header_bytes + (seal.head_bytes if seal else 0)
         self.size = self.head_bytes + self._shape.payload_bytes
 
@@ -63,10 +63,12 @@ class ObjectFormat:
     def prepare(self, batch: PageBatch, page: int) -> tuple[bytearray, Buffers]:
         """What to write, in order: a head, and the page's own buffers (sealed: an encrypted copy of them)."""
         tokens = None if batch.tokens is None else batch.tokens[page : page + 1]
-        count = None if tokens is None else tokens.shape[1]
-        template = self._templates.get(count)
+        kind = (None if tokens is None else tokens.shape[1], batch.salt, batch.lora)
+        template = self._templates.get(kind)
         if template is None:
-            template = self._templates[count] = SlotHeaders(self.namespace, self._shape, count)
+            if len(self._templates) >= _FORMATS:
+                self._templates.clear()
+            template = self._templates[kind] = SlotHeaders(self.namespace, self._shape, *kind)
         head = np.empty((1, self._shape.header_bytes), np.uint8)
         key, parent = batch.key(page), batch.parent(page)
         hashes = None if batch.event_hashes is None else batch.event_hashes[page : page + 1]

@@ -180,7 +180,8 @@ class ObjectBackend(Backend):
         self._presence.seen(digest, [key])
         self.count("stored")
         self.count("bytes_written", group.form.size)
-        self.report(Residency.STORED, digest, key)
+        notes = group.batch.notes
+        self.report(Residency.STORED, digest, key, None if notes is None else notes.only([page]))
         group.settle(page, Outcome.HIT)
 
     # ---- the contract

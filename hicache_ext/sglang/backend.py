@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from sglang.srt.mem_cache import hicache_storage as sglang_storage
 from hicache_ext.config import Config
 from hicache_ext.page import Namespace, PageLayout, chain_parents, pack_key, pack_keys
 from hicache_ext.sglang import identity, inject, plugin, unplugged, versions, weights
+from hicache_ext.sglang.announcing import EVENTS
 from hicache_ext.sglang.generic import GenericPages
 from hicache_ext.sglang.guard import answers, none_of, none_of_transfers
+from hicache_ext.sglang.naming import Naming
 from hicache_ext.sglang.pools import Access, HostPool, unwrap
 from hicache_ext.sglang.stats import AdapterStats
-from hicache_ext.sglang.tokens import TokenNotes, event_hashes
+from hicache_ext.sglang.tokens import Noted, TokenNotes
 from hicache_ext.store import NO_TIER, TieredStore, policies
 from storage_backends.base import KeyBatch, Outcome, PageBatch
 
@@ -68,10 +71,13 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
         self._used: set[Namespace] = set()
         self._generic = GenericPages(self._namespace_of_tensors)
         self._detached = ""
+        self._naming = Naming()
         self._lock = threading.Lock()
         self._closed = False
         self.store: TieredStore | inject.FaultyStore = inject.wrap(TieredStore.open(self.config))
         weights.STATE.listen(self)
+        if self._with_plugin:
+            EVENTS.attach(self)
         logger.info(
             "hicache_ext: tiers %s, model %s, weights %s, tp %s/%s pp %s/%s%s",
             [tier.label for tier in self.config.tiers], self._model.model[:12], self._model.weights[:24],
@@ -138,6 +144,12 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             space = space.with_weights(override)
         self._used.add(space)
         return space
+
+    def served_namespace(self) -> bytes | None:
+        """Digest of the namespace whose KV pages can be loaded at this moment; None: none can."""
+        pool = self._pools.get(KV)
+        space = None if pool is None or pool.access is Access.NOTHING else self._namespace(pool)
+        return None if space is None else space.digest
 
     def is_own_shard(self, pool_name: str) -> bool:
         """Whether this rank holds bytes of this pool that no other tp rank holds."""
@@ -280,17 +292,35 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
         pages = pool.locate(host_indices, len(keys), reading=False)
         packed = pack_keys(keys)
         parents = chain_parents(packed, _parent(extra_info)) if pool.name == KV else None
+        batch = PageBatch(space, packed, parents, pages.addresses, pages.lengths, pages.offsets, pages.owner)
         noted = self.tokens.take(keys[0]) if pool.name == KV else None
-        tokens = noted.pages(len(keys), pool.page_size) if noted is not None else None
-        hashes = event_hashes(packed, parents) if noted is not None and noted.is_plain and parents else None
-        batch = PageBatch(
-            space, packed, parents, pages.addresses, pages.lengths, pages.offsets, pages.owner, tokens, hashes
-        )
+        if noted is not None:
+            batch = self._named(batch, noted, pool.page_size)
         outcomes = self._wait(self.store.write(batch))
+        notes = batch.notes
+        if notes is not None:
+            EVENTS.know(space.digest, packed, notes)  # of pages that were there before nothing was reported now
         self._account("write", outcomes)
         stored = outcomes.count(Outcome.HIT)
         self.counters.batch("backup", stored, stored * pool.page_bytes, since)
         return [outcome in _DONE for outcome in outcomes]
+
+    def _named(self, batch: PageBatch, noted: Noted, page_size: int) -> PageBatch:
+        """With the pages' tokens, and the names by which KV events call them, as far as these can be known."""
+        naming = EVENTS.naming or self._naming
+        tokens, ancestors = noted.pages(len(batch), page_size), noted.ancestors
+        if tokens is None or ancestors is None or noted.space is None:
+            self.counters.add("pages_without_event_hash", len(batch))
+            return batch if tokens is None else replace(batch, tokens=tokens)
+        prior = ancestors[-1] if ancestors else None
+        if not naming.fits(batch.key(0), tokens[0], noted.space, prior):
+            self.counters.add("pages_without_event_hash", len(batch))
+            return batch
+        named = naming.name(batch.keys, tokens, noted.space, ancestors)
+        if named is None:
+            self.counters.add("pages_without_event_hash", len(batch))
+            return replace(batch, tokens=tokens)
+        return replace(batch, tokens=tokens, event_hashes=named.hashes, salt=named.salt, lora=named.lora)
 
     @staticmethod
     def _wait(completion: Any) -> bytearray:
@@ -381,6 +411,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             "pools": {name: pool.access.value for name, pool in self._pools.items()},
             "frozen": self._frozen(),
             "tiers": self.store.stats(),
+            "events": EVENTS.stats(),
             "injected": getattr(self.store, "injected", {}),
         }
 
@@ -391,6 +422,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             if self._closed:
                 return
             self._closed = True
+        EVENTS.detach(self)
         self.store.close()
 
 

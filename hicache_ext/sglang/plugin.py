@@ -27,6 +27,8 @@ MODULE, CLASS = "hicache_ext.sglang.backend", "HiCacheExtStorage"
 _CONTROLLER = "sglang.srt.managers.cache_controller.HiCacheController"
 _HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_UNIFIED = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_PUBLISHER = "sglang.srt.managers.scheduler_components.kv_events_publisher.SchedulerKvEventsPublisher"
 _ENGINE = "sglang.srt.entrypoints.engine.Engine"
 _ALLOCATE = "sglang.srt.mem_cache.pool_host.common.HostTensorAllocator.allocate"
 _DECODE_OFFLOAD = "sglang.srt.disaggregation.decode_kvcache_offload_manager.DecodeKVCacheOffloadManager"
@@ -88,7 +90,7 @@ def maps_adapters() -> bool:
 
 def _wanted() -> list[_Hook]:
     """Every hook that this version of SGLang needs."""
-    from hicache_ext.sglang import host_memory, seeds, weights
+    from hicache_ext.sglang import host_memory, seeds, tokens, weights
 
     hooks = [
         _Hook(
@@ -99,12 +101,15 @@ def _wanted() -> list[_Hook]:
         _Hook(f"{_CONTROLLER}.reset", _flushed, "AFTER", "flushes after weight updates"),
         _Hook(f"{_HYBRID}.write_storage", _note_tokens, "BEFORE", "token ids of stored pages"),
         _Hook(f"{_HYBRID}.parse_storage_backend_extra_config", _pass_prefix_keys, "AFTER", "parents of pages"),
+        _Hook(f"{_PUBLISHER}.init_kv_events", _publishes, "AFTER", "KV events"),
         _Hook(_ALLOCATE, host_memory.around_allocate, "AROUND", "huge pages for the host pool"),
         _Hook(f"{_MANAGER}.release_memory_occupation", _memory_released, "BEFORE", "weights that are given away"),
     ]
     if multiprocessing.parent_process() is None or _ENGINE.rsplit(".", 1)[0] in sys.modules:
         # A launcher. Its children are spared the import.
         hooks.append(_Hook(f"{_ENGINE}._launch_subprocesses", weights.new_run, "BEFORE", "the name of this run"))
+    if _exists(f"{_UNIFIED}.write_backup_storage"):
+        hooks.append(_Hook(f"{_UNIFIED}.write_backup_storage", tokens.around_backup, "AROUND", "salts of stored pages"))
     if _exists(f"{_HYBRID}.should_backup"):
         hooks.append(_Hook(f"{_HYBRID}.should_backup", _should_backup, "AFTER", "pools that are split over tp"))
     if _exists(f"{_MANAGER}.end_weight_update"):
@@ -206,12 +211,22 @@ def _adapter_of(controller: Any) -> Any:
 
 @_harmless
 def _note_tokens(
-    controller: Any, host_indices: Any, token_ids: Any, hash_value: Any = None, *_: Any, **__: Any
-) -> None:
+    controller: Any, host_indices: Any, token_ids: Any, hash_value: Any = None, prefix_keys: Any = None, *_: Any,
+    **__: Any,
+) -> None:  # fmt: skip
     """Constant work per 128 pages: this is the scheduler thread."""
+    from hicache_ext.sglang.tokens import space_of
+
     adapter = _adapter_of(controller)
     if adapter is not None and hash_value and not getattr(controller, "backup_skip", False):
-        adapter.tokens.note(hash_value, token_ids, controller.page_size)
+        adapter.tokens.note(hash_value, token_ids, controller.page_size, prefix_keys, space_of(token_ids))
+
+
+@_harmless
+def _publishes(_result: Any, publisher: Any, *_: Any, **__: Any) -> None:
+    from hicache_ext.sglang.announcing import EVENTS
+
+    EVENTS.publishes(publisher)
 
 
 def _flushed(_result: Any, *_: Any, **__: Any) -> None:

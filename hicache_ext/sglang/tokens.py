@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Space = tuple[str | None, str | None]
+"""A request's extra key and cache salt."""
 
 #: Pages per call of the backend (SGLang's STORAGE_BATCH_SIZE): a backup of more pages comes in batches of this size.
 BATCH_PAGES = 128
@@ -23,19 +26,25 @@ BATCHES = 4096
 
 @dataclass(frozen=True)
 class Noted:
-    """One batch's tokens: `key` is SGLang's token sequence, `start` the first token of the batch."""
+    """One batch's tokens: `key` is SGLang's token sequence, `start` the first token of the batch.
+
+    before: the page hashes of the operation up to the batch; prefix: those before the operation, None where SGLang did
+    not give them. space: the request's extra key and cache salt, None where it is not known.
+    """
 
     key: Any
     start: int
+    before: Sequence[str] = ()
+    prefix: Sequence[str] | None = None
+    space: Space | None = None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the page hash is the event hash: no salt, no LoRA, no bigrams."""
-        return not (
-            getattr(self.key, "extra_key", None)
-            or getattr(self.key, "cache_salt", None)
-            or getattr(self.key, "is_bigram", False)
-        )
+    def ancestors(self) -> list[str] | None:
+        """The hashes of all pages before the batch, root first; None where they are not known.
+
+        An operation without a prefix begins a prompt, or does not say: `Naming.fits` tells for its first batch.
+        """
+        return None if self.prefix is None and self.before else [*(self.prefix or ()), *self.before]
 
     def pages(self, count: int, page_size: int) -> NDArray[np.uint32] | None:
         """uint32[count, page_size], or None where the sequence has other tokens than plain ids."""
@@ -59,11 +68,14 @@ class TokenNotes:
         self._notes: OrderedDict[str, Noted] = OrderedDict()
         self._lock = threading.Lock()
 
-    def note(self, hashes: Sequence[str], key: Any, page_size: int) -> None:
-        """Remember the tokens of one backup operation."""
+    def note(
+        self, hashes: Sequence[str], key: Any, page_size: int, prefix: Sequence[str] | None = None,
+        space: Space | None = None,
+    ) -> None:  # fmt: skip
+        """Remember the tokens of one backup operation. prefix, space: as Noted's."""
         with self._lock:
             for page in range(0, len(hashes), BATCH_PAGES):
-                self._notes[hashes[page]] = Noted(key, page * page_size)
+                self._notes[hashes[page]] = Noted(key, page * page_size, hashes[:page], prefix, space)
             while len(self._notes) > self._limit:
                 self._notes.popitem(last=False)
 
@@ -76,10 +88,26 @@ class TokenNotes:
         return len(self._notes)
 
 
-def event_hashes(keys: bytes, parents: bytes) -> NDArray[np.int64]:
-    """int64[n, 2] of 32-byte page hashes and their parents': the first 8 bytes, signed, as KV events carry them.
+#: The request's extra key and cache salt, of the node that the radix cache is handing to `write_storage` right now.
+_handing_over = threading.local()
 
-    An unknown parent (zeroes) stays 0.
-    """
-    columns = [np.frombuffer(packed, ">i8")[::4] for packed in (keys, parents)]
-    return np.stack(columns, axis=1).astype(np.int64)
+
+def around_backup(original: Callable[..., Any], tree: Any, node: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND hook of the radix cache's write_backup_storage, which gives the controller a node's bare token ids."""
+    try:
+        found = tree.tree_core.prefetch_anchor_info(node)
+        _handing_over.space = found if isinstance(found, tuple) else (found, None)
+    except Exception:
+        _handing_over.space = None
+    try:
+        return original(tree, node, *args, **kwargs)
+    finally:
+        _handing_over.space = None
+
+
+def space_of(key: Any) -> Space | None:
+    """The extra key and cache salt of what `write_storage` was given."""
+    if hasattr(key, "extra_key"):
+        return key.extra_key, getattr(key, "cache_salt", None)
+    space: Space | None = getattr(_handing_over, "space", None)
+    return space

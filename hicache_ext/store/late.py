@@ -85,6 +85,13 @@ class LateBackend(Backend):
             if self._inner is not None:
                 self._inner.on_residency(listener)
 
+    def tell(self, namespace: bytes) -> bool:
+        return self._inner is not None and self._inner.tell(namespace)
+
+    def recheck(self, namespace: bytes, keys: bytes) -> None:
+        if self._inner is not None:
+            self._inner.recheck(namespace, keys)
+
     def stats(self) -> Mapping[str, int | float | str]:
         return {"state": f"not open: {self._error}"} if self._inner is None else self._inner.stats()
 
@@ -109,8 +116,8 @@ class LateBackend(Backend):
                     return
                 for address, length in self._memory:
                     opened.register_memory(address, length)
+                self.capabilities = opened.capabilities  # first: who hears of a page asks in which medium it is
                 opened.on_residency(self._listener)
-                self.capabilities = opened.capabilities
                 self._inner = opened
             logger.warning("tier %s: open now", self._name)
             return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -31,13 +31,17 @@ from storage_backends.base import (
     Completion,
     Dispatcher,
     KeyBatch,
+    Notes,
     OptionError,
     Outcome,
     PageBatch,
-    ResidencyListener,
+    Residency,
 )
 
 logger = logging.getLogger(__name__)
+
+StoreListener = Callable[[int, Residency, bytes, bytes, Notes | None], None]
+"""(number of the tier, and as ResidencyListener)."""
 
 #: In a lookup's answer: no tier holds the page.
 NO_TIER = 255
@@ -60,6 +64,7 @@ class TieredStore:
         self._lock = threading.Lock()
         self._staging = CopyBudget(STAGING_BYTES)
         self._closed = False
+        self._listener: StoreListener | None = None
         several = len(tiers) > 1
         # By tier. The first tier's takes promotions.
         self.behind = [Behind(tier, CopyBudget(behind_bytes, _BEHIND_PAGES)) for tier in tiers] if several else []
@@ -147,7 +152,7 @@ class TieredStore:
                 logger.exception("tier %s: lookup raised; its pages count as absent", tier.name)
                 continue
             found[asked[there]] = i
-            if self.behind and not local and not tier.backend.capabilities.knows:
+            if not local and not tier.backend.capabilities.knows:
                 self._learn(i, part, there)
             if not (found == NO_TIER).any():
                 break
@@ -156,7 +161,10 @@ class TieredStore:
     def _learn(self, index: int, part: KeyBatch, there: np.ndarray) -> None:
         """What a server said of these pages: absent ones may be sent again, and present ones were claimed."""
         namespace = part.namespace.digest
-        for page in range(len(part)):
+        if self._listener is not None:
+            self._saw(index, Residency.STORED, namespace, [part.key(page) for page in np.flatnonzero(there).tolist()])
+            self._saw(index, Residency.REMOVED, namespace, [part.key(page) for page in np.flatnonzero(~there).tolist()])
+        for page in range(len(part) if self.behind else 0):
             if there[page]:
                 self.tiers[index].claimed.add(namespace, part.key(page))
             else:
@@ -238,6 +246,10 @@ class TieredStore:
         tier, outcomes, namespace = self.tiers[index], done.outcomes, batch.namespace.digest
         tier.account("read", outcomes)
         good = [page for page, outcome in zip(pages, outcomes, strict=True) if outcome == Outcome.HIT]
+        if self._listener is not None:
+            gone = [batch.key(p) for p, o in zip(pages, outcomes, strict=True) if o in (Outcome.MISS, Outcome.CORRUPT)]
+            self._saw(index, Residency.STORED, namespace, [batch.key(page) for page in good])
+            self._saw(index, Residency.REMOVED, namespace, gone)
         if good:
             tier.cost.learn(len(good) * batch.namespace.layout.payload_bytes, time.monotonic() - since)
             self._deliver(batch, good, result, deadline, index)
@@ -380,10 +392,17 @@ class TieredStore:
         for tier in self.tiers:
             tier.backend.register_memory(address, length)
 
-    def on_residency(self, listener: ResidencyListener | None) -> None:
-        """Who hears of stored and removed pages, of all tiers."""
-        for tier in self.tiers:
-            tier.backend.on_residency(listener)
+    def on_residency(self, listener: StoreListener | None) -> None:
+        """Who hears of stored and removed pages, of all tiers: what backends report, and what was seen on those that
+        cannot know by themselves. Set once, before the first page."""
+        self._listener = listener
+        for index, tier in enumerate(self.tiers):
+            tier.backend.on_residency(None if listener is None else partial(listener, index))
+
+    def _saw(self, index: int, change: Residency, namespace: bytes, keys: list[bytes]) -> None:
+        """A server said that it has these pages, or has not."""
+        if self._listener is not None and keys and not self.tiers[index].backend.capabilities.knows:
+            self._dispatcher.post(partial(self._listener, index, change, namespace, b"".join(keys), None))
 
     def settled(self, timeout: float) -> bool:
         """Wait until nothing is queued or on its way in the background; whether that came within `timeout` seconds."""

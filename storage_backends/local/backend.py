@@ -28,9 +28,11 @@ from storage_backends.base import (
     KeyBatch,
     Outcome,
     PageBatch,
+    ResidencyListener,
 )
 from storage_backends.local import options as local_options
 from storage_backends.local.index_choice import open_index
+from storage_backends.local.news import News
 from storage_backends.local.options import LocalOptions
 from storage_backends.local.reads import Reads
 from storage_backends.local.room import Room
@@ -69,6 +71,7 @@ class LocalBackend(Backend):
         self.capabilities = Capabilities(persistent=True, shared=True, alignment=alignment, medium="DISK", knows=True)
         self._reads = Reads(tier)
         self._writes = Writes(tier, Room(self._index, tier.writers, rules))
+        self._news: News | None = None
         for disk in self._disks.in_use:
             logger.info(
                 "local tier %s: %s, engine %s, %s, checksums by %s, %s index; %d pages known from the logs",
@@ -134,6 +137,21 @@ class LocalBackend(Backend):
     def register_memory(self, address: int, length: int) -> None:
         if not self._elsewhere:
             self._disks.register_memory(address, length)
+
+    def on_residency(self, listener: ResidencyListener | None) -> None:
+        super().on_residency(listener)
+        with self._lock:
+            self._news = None if listener is None else News(self._tier)
+            self._index.heard = None if self._news is None else self._news.heard
+
+    def tell(self, namespace: bytes) -> bool:
+        news = self._news
+        return news is not None and not self._elsewhere and not self._closed and news.tell(namespace)
+
+    def recheck(self, namespace: bytes, keys: bytes) -> None:
+        news = self._news
+        if news is not None and not self._elsewhere and not self._closed:
+            news.recheck(namespace, keys)
 
     def stats(self) -> Mapping[str, int | float | str]:
         if self._elsewhere:

@@ -93,6 +93,7 @@ class Disks:
         self._around, self._lock, self._removed, self._tidy = around, around.lock, removed, tidy
         self._closing = threading.Event()
         self._memory: list[tuple[int, int]] = []
+        self.returns = 0  # how often a disk came back, with pages that nobody has reported
         self.bays = [Bay(number, path, capacity) for number, (path, capacity) in enumerate(places)]
         self.in_use: list[Disk] = []
         first: OptionError | None = None
@@ -197,6 +198,7 @@ class Disks:
             closing, memory = self._closing.is_set(), list(self._memory)
             if not closing:
                 bay.take_in(disk)
+                self.returns += 1
                 self._count()
         if closing:
             disk.close(time.monotonic() + 1.0)

@@ -68,6 +68,8 @@ class Folder:
                 return True
             taken, damaged, gone = index.apply_log(self.number, block.data, block.at_end and not final)
             self._log.took(taken)
+            if index.heard is not None:
+                index.heard(self.number, block.data[:taken])
             self.damaged += damaged
             for number in gone:
                 extent = self.extents.pop(number, None)

@@ -27,7 +27,7 @@ except ImportError:  # no compiler at installation, or a build from before the s
 #: Reads at a time.
 _THREADS = 8
 #: Headers are 4 KiB, larger only for pages of very many tokens, buffers or chunks.
-_MOST_HEADER = 1 << 20
+MOST_HEADER = 1 << 20
 
 
 class Found(NamedTuple):
@@ -68,12 +68,12 @@ def read_headers(extent: Extent, slots: Sequence[int], stop: CancelFlag) -> list
 def read_headers_python(extent: Extent, slots: Sequence[int], stop: CancelFlag) -> list[Found]:
     """`read_headers`, one slot after the other."""
     found = []
-    memory = OwnedMemory(min(_MOST_HEADER, extent.header.slot_bytes))
+    memory = OwnedMemory(min(MOST_HEADER, extent.header.slot_bytes))
     for slot in slots:
         if stop.is_set():
             break
         try:
-            header = _read(extent, slot, memory.view)
+            header = read_header(extent, slot, memory.view)
         except (OSError, FormatError):
             continue
         if header is not None:
@@ -93,7 +93,13 @@ def _found(slot: int, header: SlotHeader) -> Found:
     return Found(slot, header.generation, header.time_ns, header.namespace, header.key, header.parent)
 
 
-def _read(extent: Extent, slot: int, room: memoryview) -> SlotHeader | None:
+def read_header(extent: Extent, slot: int, room: memoryview) -> SlotHeader | None:
+    """The slot's header; None where there is none, or its page does not fit the slot. The extent is pinned.
+
+    room: memory for it, aligned, no larger than MOST_HEADER.
+
+    Raises OSError, FormatError.
+    """
     got = os.preadv(extent.fd, [room[:BLOCK]], extent.offset(slot))
     if got < BLOCK or bytes(room[:8]) != SLOT_MAGIC:
         return None

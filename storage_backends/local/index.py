@@ -15,7 +15,7 @@ page in use is held by a handle (`pin`, `unpin`), which outlives the page when t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import cast
 
@@ -65,6 +65,8 @@ class Index:
     """Entries by namespace and key, and by folder and extent. Not thread-safe: the backend holds one lock around it."""
 
     name = "python"
+    #: Hears of log records that were taken in: (folder, records); see news.py.
+    heard: Callable[[int, bytes], None] | None = None
 
     def __init__(self, order: str = "lru") -> None:
         """order: a name of storage_backends.local.policy.ORDERS."""

@@ -5,7 +5,7 @@ Belongs here: conversions. Does not belong here: anything that decides (csrc/ind
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -25,6 +25,8 @@ class NativeIndex:
     """Index in C++: at most 120 bytes a page. The methods are documented in storage_backends.local.index.Index."""
 
     name = "native"
+    #: Hears of log records that were taken in: (folder, records); see news.py.
+    heard: Callable[[int, bytes], None] | None = None
 
     def __init__(self, order: str = "lru") -> None:
         index = self._index = _Index(order)

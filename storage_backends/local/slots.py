@@ -135,7 +135,7 @@ class SlotIo:
         self._register = register
         self._headers = BufferPool(self.shape.header_bytes, _HEADERS)
         self._bounce: BufferPool | None = None
-        self._templates: dict[tuple[bytes, int | None], SlotHeaders] = {}
+        self._templates: dict[tuple[bytes, int | None, str, str], SlotHeaders] = {}
         self._lock = threading.Lock()
 
     def must_bounce(self, batch: PageBatch) -> bool:
@@ -199,13 +199,13 @@ class SlotIo:
         self._pool(group.copies is not None).give_many([headers[page] for page in pages])
 
     def _template(self, batch: PageBatch, tokens: int | None) -> SlotHeaders:
-        key = (batch.namespace.digest, tokens)
+        key = (batch.namespace.digest, tokens, batch.salt, batch.lora)
         found = self._templates.get(key)
         if found is None:
             with self._lock:
                 if len(self._templates) >= _TEMPLATES:
                     self._templates.clear()
-                found = self._templates[key] = SlotHeaders(batch.namespace, self.shape, tokens)
+                found = self._templates[key] = SlotHeaders(batch.namespace, self.shape, *key[1:])
         return found
 
     def _pool(self, bounced: bool) -> BufferPool:

@@ -31,9 +31,9 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from typing import Protocol
 
-from storage_backends.base import Completion, Dispatcher, Residency
+from storage_backends.base import Completion, Dispatcher, Notes, Residency
 from storage_backends.buffers import OwnedMemory
 from storage_backends.format import BLOCK
 from storage_backends.local.disk import Around
@@ -50,8 +50,11 @@ from storage_backends.local.writers import Writers
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[Residency, bytes, bytes], None]
-"""(change, namespace digest, packed keys)"""
+
+class Report(Protocol):
+    """As Backend.report."""
+
+    def __call__(self, change: Residency, namespace: bytes, keys: bytes, notes: Notes | None = None) -> None: ...
 
 
 class Tier:
@@ -95,6 +98,7 @@ class Tier:
             self.writers.forget([page], reason)
         elif self.index.remove(page):
             self.counts[reason] += 1
+            self.report(Residency.REMOVED, page.namespace, page.key)
 
     def removed(self, pages: list[Page], reason: str) -> None:
         """Our writer stopped holding these pages."""

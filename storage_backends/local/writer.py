@@ -462,7 +462,10 @@ class Writer:
             taken.append(Page(page.namespace, page.key, page.parent, self.number, *there, True, page.time_ns))
             self._index.insert(taken[-1], oldest=True)  # nobody asked for it since
             self._generation = max(self._generation, page.generation)
-        self.log.append(encode_stored(taken))
+        records = encode_stored(taken)
+        self.log.append(records)
+        if self._index.heard is not None:
+            self._index.heard(self.number, records)
         return len(taken)
 
     def close(self, quiet: bool) -> None:

@@ -158,7 +158,11 @@ class Writes:
                 extent.unpin(pins)
             ended = keys if len(stored) == len(places) else rows(flight.batch.keys, sorted(flight.pages(places)))
             self._room.landed(group.namespace, split_keys(ended))
-        tier.report(Residency.STORED, group.namespace, keys)
+            # Under the lock, so that nobody's eviction of these pages is reported before.
+            notes = flight.batch.notes
+            if notes is not None:
+                notes = notes.only(flight.pages(stored))
+            tier.report(Residency.STORED, group.namespace, keys, notes)
         flight.completion.settle_many(flight.pages(places), outcomes)
 
     def _publish(self, flight: _Flight, writer: Writer, places: list[int]) -> bytes:

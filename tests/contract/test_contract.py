@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage_backends.base import Backend, Completion, Dispatcher, OptionError, Outcome, Residency
+from storage_backends.base import Backend, Completion, Dispatcher, Notes, OptionError, Outcome, Residency
 from storage_backends.local import LocalBackend
 from storage_backends.memory import MemoryBackend
 from tests.devices import blank_device
@@ -208,7 +208,7 @@ def test_residency_is_reported_once_each(backend: Backend) -> None:
     seen: list[tuple[Residency, bytes]] = []
     threads: set[str] = set()
 
-    def listen(change: Residency, digest: bytes, packed: bytes) -> None:
+    def listen(change: Residency, digest: bytes, packed: bytes, _notes: Notes | None) -> None:
         assert digest == space.digest
         threads.add(threading.current_thread().name)
         seen.extend((change, packed[i : i + 32]) for i in range(0, len(packed), 32))

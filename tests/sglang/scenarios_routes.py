@@ -136,8 +136,8 @@ def plugin_runs_from_one_batch_to_the_next() -> None:
         key = found.key(tokens)
         indices = found.host_pool.alloc(len(tokens))
         found.fill(indices, 3)
-        hashes = found.hashes(key)
         prefix = ["ab" * 32]
+        hashes = found.hashes(key, prefix[-1])
         found.controller.write_storage(indices, key, hashes, prefix)
         found.controller.ack_backup_queue.get(timeout=30)
         assert [len(batch) for batch in batches] == [128, 12]
@@ -150,14 +150,6 @@ def plugin_runs_from_one_batch_to_the_next() -> None:
         signed = [int.from_bytes(bytes.fromhex(one)[:8], "big", signed=True) for one in hashes]
         assert second.event_hashes.tolist() == [[signed[i], signed[i - 1]] for i in range(128, 140)]
         assert len(found.adapter.tokens) == 0
-
-
-def plugin_nothing_is_said_of_events_under_a_salt() -> None:
-    with attached() as found:
-        batches = spy(found.adapter, "write")
-        found.backup(found.key(TOKENS, "salt"), 1)
-        assert batches[0].tokens is not None
-        assert batches[0].event_hashes is None
 
 
 def plain_parents_are_unknown_and_that_is_fine() -> None:

@@ -13,10 +13,9 @@ import pytest
 
 from hicache_ext import fingerprint
 from hicache_ext.config import Config, ConfigError
-from hicache_ext.page import pack_keys
 from hicache_ext.sglang import identity, inject, seeds, versions, weights
 from hicache_ext.sglang.stats import AdapterStats
-from hicache_ext.sglang.tokens import BATCH_PAGES, TokenNotes, event_hashes
+from hicache_ext.sglang.tokens import BATCH_PAGES, TokenNotes
 
 MEMORY = {"tiers": [{"type": "storage_backends.memory:MemoryBackend", "name": "memory"}]}
 
@@ -243,7 +242,6 @@ def test_tokens_are_taken_once_per_batch() -> None:
     assert len(notes) == 2
     first = notes.take(hashes[0])
     assert first is not None
-    assert first.is_plain
     assert first.pages(2, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     second = notes.take(hashes[BATCH_PAGES])
     assert second is not None
@@ -269,21 +267,21 @@ def test_tokens_that_are_not_plain_ids_are_left_out(tokens: list[int]) -> None:
     assert noted.pages(1, 4) is None
 
 
-def test_keys_say_whether_their_hash_is_the_event_hash() -> None:
+def test_notes_know_what_comes_before_each_batch() -> None:
     notes = TokenNotes()
-    for name, key in {
-        "salt": SimpleNamespace(cache_salt="s"), "extra": SimpleNamespace(extra_key="e"),
-        "bigram": SimpleNamespace(is_bigram=True), "plain": SimpleNamespace(extra_key=None),
-    }.items():  # fmt: skip
-        notes.note([name], key, 1)
-        noted = notes.take(name)
-        assert noted is not None
-        assert noted.is_plain is (name == "plain")
-
-
-def test_event_hashes_are_signed_and_big_endian() -> None:
-    keys = pack_keys(["ff" * 32, "00" * 7 + "01" + "22" * 24])
-    assert event_hashes(keys, bytes(32) + keys[:32]).tolist() == [[-1, 0], [1, -1]]
+    hashes = [f"h{i}" for i in range(BATCH_PAGES + 2)]
+    notes.note(hashes, list(range(BATCH_PAGES + 2)), 1, ["p0", "p1"], (None, "salt"))
+    first, second = notes.take("h0"), notes.take(hashes[BATCH_PAGES])
+    assert first is not None
+    assert second is not None
+    assert first.ancestors == ["p0", "p1"]
+    assert second.ancestors == ["p0", "p1", *hashes[:BATCH_PAGES]]
+    assert first.space == second.space == (None, "salt")
+    notes.note(["x"], [1], 1)
+    unknown = notes.take("x")
+    assert unknown is not None
+    assert unknown.ancestors == []
+    assert unknown.space is None
 
 
 # --- seeds

@@ -173,7 +173,7 @@ def test_a_directory_removed_costs_its_pages_and_no_more(
 def test_pages_that_leave_with_a_disk_are_reported(tier: Callable[..., LocalBackend], two: list[Path]) -> None:
     backend = tier(*two)
     heard: list[tuple[str, int]] = []
-    backend.on_residency(lambda change, _, keys: heard.append((change.name, len(keys) // 32)))
+    backend.on_residency(lambda change, _, keys, __: heard.append((change.name, len(keys) // 32)))
     keys = chain("a", 40)
     store(backend, keys)
     lost = len(on_disk(two[0], keys))

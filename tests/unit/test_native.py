@@ -159,7 +159,7 @@ def test_native_and_python_read_what_the_other_wrote(
 def test_headers_of_many_are_headers_of_one(
     lengths: tuple[int, ...], salt: str, tokens: bool, events: bool, seed: int
 ) -> None:
-    space = namespace(lengths, salt=salt, lora="adapter")
+    space = namespace(lengths)
     shape, chance = SlotShape.of_namespace(space), np.random.default_rng(seed)
     keys, parents, count = b"".join(chain("k", 3)), b"".join(chain("p", 3)), 3
     ids = chance.integers(0, 1 << 32, (count, 16), np.uint32) if tokens else None
@@ -167,7 +167,8 @@ def test_headers_of_many_are_headers_of_one(
     rows = chance.integers(0, 256, (8, shape.slot_bytes), np.uint8)
     which = np.array([5, 0, 6])
     generations = np.array([1 << 40, 2, 3], np.uint64)
-    SlotHeaders(space, shape, 16 if tokens else None).write(rows, which, keys, parents, generations, 1234, ids, hashes)
+    many = SlotHeaders(space, shape, 16 if tokens else None, salt, "adapter")
+    many.write(rows, which, keys, parents, generations, 1234, ids, hashes)
     for page, row in enumerate(which):
         one = SlotHeader(
             space.digest, keys[32 * page : 32 * page + 32], parents[32 * page : 32 * page + 32],
