@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": ("hicache_ext.cli.demo", "Run the real SGLang server, restart it, and show what the local tier gave back."),
     "bench": ("hicache_ext.cli.bench", "Measure storage tiers."),
     "doctor": ("hicache_ext.cli.doctor", "Check this machine and a configuration, and say how to fix what is wrong."),
+    "events": ("hicache_ext.cli.events", "KV events: look at a stream, check it, publish one."),
     "config": ("hicache_ext.cli.config", "Explain a configuration file, and ask its tiers whether they answer."),
     "inspect": ("hicache_ext.cli.inspect", "Show what the directory of a local tier holds."),
     "verify": ("hicache_ext.cli.verify", "Check every page in the directory of a local tier against its checksums."),

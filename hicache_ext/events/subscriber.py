@@ -55,6 +55,7 @@ class Subscriber:
             self._replay.setsockopt(zmq.RCVHWM, 0)
             self._connect(self._replay, "replay_endpoint", replay_endpoint)
         self._last: int | None = None
+        self._heard = -1  # the last one that came live
         self._ready: deque[Received] = deque()
         self.answered: bool | None = None
         self.malformed = 0
@@ -87,8 +88,9 @@ class Subscriber:
         if number > expected and self._replay is not None:
             self._ask(self._replay, expected)
             expected = 0 if self._last is None else self._last + 1
-            if number < expected:  # the answer had it already
-                return
+        heard, self._heard = self._heard, max(self._heard, number)
+        if heard < number < expected:  # an answer had it already
+            return
         first = self._last is None
         # Who comes late without a way to ask has missed an unknown number: not a gap.
         missed = 0 if first and self._replay is None else max(0, number - expected)
