@@ -107,6 +107,7 @@ class ObjectBackend(Backend):
         self.counts: Counter[str] = Counter()
         self._formats = ObjectFormats(seal=load_seal(options.seal_key_env, options.seal_key_file))
         self._presence = Presence()
+        self._absence = Presence()
         self._backoff = Backoff()
         self._said: set[str] = set()
         self._count_lock = threading.Lock()
@@ -166,11 +167,13 @@ class ObjectBackend(Backend):
     def absent(self, group: Group, page: int) -> None:
         """There is no such object."""
         self._presence.gone(group.batch.namespace.digest, [group.batch.key(page)])
+        self._absence.seen(group.batch.namespace.digest, [group.batch.key(page)])
         group.settle(page, Outcome.MISS)
 
     def present(self, group: Group, page: int) -> None:
         """The page to be written is there already."""
         self._presence.seen(group.batch.namespace.digest, [group.batch.key(page)])
+        self._absence.gone(group.batch.namespace.digest, [group.batch.key(page)])
         self.count("present")
         group.settle(page, Outcome.HIT)
 
@@ -178,6 +181,7 @@ class ObjectBackend(Backend):
         """The page is written."""
         digest, key = group.batch.namespace.digest, group.batch.key(page)
         self._presence.seen(digest, [key])
+        self._absence.gone(digest, [key])
         self.count("stored")
         self.count("bytes_written", group.form.size)
         notes = group.batch.notes
@@ -195,6 +199,7 @@ class ObjectBackend(Backend):
         found = np.array(sizes, np.int64) == size
         self._presence.seen(digest, [key for key, there in zip(keys, found, strict=True) if there])
         self._presence.gone(digest, [key for key, there in zip(keys, found, strict=True) if not there])
+        self._absence.seen(digest, [key for key, size in zip(keys, sizes, strict=True) if size == -1])
         return found.astype(np.uint8)
 
     def lookup_local(self, batch: KeyBatch) -> np.ndarray:
@@ -213,6 +218,7 @@ class ObjectBackend(Backend):
     def clear(self, namespaces: Iterable[Namespace]) -> None:
         for namespace in namespaces:
             self._presence.forget(namespace.digest)
+            self._absence.forget(namespace.digest)
             self._attempt("clear", partial(self.clear_start, self._start(namespace)))
 
     def stats(self) -> Mapping[str, int | float | str]:
@@ -271,7 +277,17 @@ class ObjectBackend(Backend):
             group.completion.settle(page, Outcome.CORRUPT)
 
     def _write(self, group: Group) -> None:
-        pages = list(group.open)
+        # An engine looks a page up before it computes it: what was not there then need not be asked for again, and a
+        # page that somebody else stored meanwhile is the same page.
+        absent = self._absence.known(group.batch.namespace.digest, [group.batch.key(page) for page in group.open])
+        asked = [page for page, known in zip(group.open, absent, strict=True) if not known]
+        if asked:
+            self._write_present(group, asked)
+        if group.open:
+            self.write_group(group)
+
+    def _write_present(self, group: Group, pages: list[int]) -> None:
+        """Which of these pages need no write, because they are there and whole."""
         names = self._names(group.batch.namespace, [group.batch.key(page) for page in pages])
         sizes = dict(zip(pages, self.sizes(names), strict=True))
         there = [page for page in pages if sizes[page] == group.form.size]
@@ -280,12 +296,11 @@ class ObjectBackend(Backend):
             self.touch([names[pages.index(page)] for page in there])
             for page in there:
                 self.present(group, page)
-        if group.open:
-            self.write_group(group)
 
     def _forget(self, namespace: Namespace, keys: list[bytes]) -> int:
         """Remove objects; how many were there."""
         self._presence.gone(namespace.digest, keys)
+        self._absence.gone(namespace.digest, keys)
         were: list[bool] = []
         self._attempt("remove", lambda: were.extend(self.delete(self._names(namespace, keys))))
         removed = [key for key, was in zip(keys, were, strict=False) if was]

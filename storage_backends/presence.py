@@ -1,7 +1,7 @@
-"""What was seen in a shared store lately: all that a backend of a remote store can say without asking it.
+"""What was seen in a shared store lately, there or absent: all that a backend of a remote store can say without asking.
 
 Others store and evict there without telling, so an answer is a guess of limited age and never more than a hint: a page
-that is gone by now is a miss when it is read.
+that is gone by now is a miss when it is read, and one that has come meanwhile is written again.
 """
 
 from __future__ import annotations
@@ -48,10 +48,13 @@ class Presence:
 
     def lookup(self, batch: KeyBatch) -> np.ndarray:
         """uint8[n]: 1 where the page was seen lately."""
-        digest, now = batch.namespace.digest, time.monotonic()
+        return np.array(self.known(batch.namespace.digest, [batch.key(i) for i in range(len(batch))]), np.uint8)
+
+    def known(self, namespace: bytes, keys: Iterable[bytes]) -> list[bool]:
+        """Of each page, whether it was seen lately."""
+        now = time.monotonic()
         with self._lock:
-            seen = [self._seen.get((digest, batch.key(i)), 0.0) > now for i in range(len(batch))]
-        return np.array(seen, np.uint8)
+            return [self._seen.get((namespace, key), 0.0) > now for key in keys]
 
     def __len__(self) -> int:
         return len(self._seen)

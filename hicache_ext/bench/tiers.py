@@ -53,7 +53,7 @@ def run(config: Config, plan: Plan, only: Sequence[str], dead: Sequence[str], sa
         try:
             found.extend(measured())
         except Exception as error:  # of a disk, a server, or whatever a client raises: the other tiers are measured
-            failed.append(f"{what}, {size_name(page)}: {error}")
+            failed.append(f"{what}, {size_name(page)}: {str(error).partition(chr(10))[0]}")
 
     for page in plan.pages:
         memory = Memory(page, plan.count(page), huge=True)

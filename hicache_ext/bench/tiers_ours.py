@@ -35,6 +35,9 @@ class OneTier(Subject):
     def lookup(self, batch: Batch) -> int:
         return int((self._backend.lookup(batch.pages) != 0).sum())
 
+    def miss(self, batch: Batch) -> None:
+        self._backend.lookup(batch.pages)
+
     def remove(self, batch: Batch) -> None:
         self._backend.remove(batch.pages)
 
@@ -89,6 +92,9 @@ class Cascade(Subject):
 
     def lookup(self, batch: Batch) -> int:
         return int((self._store.lookup(batch.pages) != NO_TIER).sum())
+
+    def miss(self, batch: Batch) -> None:
+        self._store.lookup(batch.pages)
 
     def remove(self, batch: Batch) -> None:
         for tier in self._cleared:

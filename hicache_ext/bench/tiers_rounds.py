@@ -5,7 +5,7 @@ subject (tiers_ours, tiers_<type of tier>), or which ratios are wanted (tiers_go
 
 Cases, in this order:
 
-    write       pages that are new to the store
+    write       pages that are new to the store; ours have looked them up before, as an engine does before it computes
     overwrite   the same, where the store makes room by evicting older ones (a store of a fixed size only)
     read        each page into its place in memory
     lookup      whether the pages are there; all of them are
@@ -113,6 +113,9 @@ class Subject(ABC):
     @abstractmethod
     def remove(self, batch: Batch) -> None: ...
 
+    def miss(self, batch: Batch) -> None:
+        """Not timed: the lookup of pages that are about to be computed and written."""
+
     def settle(self) -> None:
         """Wait for what a write left to do in the background: not in its time, but in its CPU seconds."""
 
@@ -195,7 +198,11 @@ class Course:
                 self._written[subject.name] = self._written.get(subject.name, 0) + 1
             elif case == "read":
                 self._memory.target[:] = 0
-            taken = subject.round(case, self._work(subject, target=case == "read"))
+            work = self._work(subject, target=case == "read")
+            if case in _WRITES:
+                for batch in work.all():
+                    subject.miss(batch)
+            taken = subject.round(case, work)
         except Exception as error:
             raise RuntimeError(f"{subject.name}: {case}: {str(error) or type(error).__name__}") from error
         if case == "read" and subject.role is not Role.TOOL and not self._memory.arrived():

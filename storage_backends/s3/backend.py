@@ -26,7 +26,9 @@ from storage_backends.s3.options import S3Options
 _PARTS_AT_ONCE = 4
 _DELETE_AT_ONCE = 1000
 #: What obstore gathers of an answer before it hands it over: it is copied from there into the page, and nowhere else.
-_CHUNK = 256 << 10
+_CHUNK = 4 << 20
+#: Objects up to this size are gathered whole.
+_AT_ONCE = 16 << 20
 
 
 class S3Backend(ObjectBackend):
@@ -64,7 +66,9 @@ class S3Backend(ObjectBackend):
                     group.set_corrupt(page)
                     continue
                 head = bytearray(group.form.head_bytes)
-                whole = self._fill([memoryview(head), *group.batch.buffers(page)], found.stream(_CHUNK))
+                # In one piece, since each call costs more than a copy; in several where that is large.
+                chunks = [found.bytes()] if group.form.size <= _AT_ONCE else found.stream(_CHUNK)
+                whole = self._fill([memoryview(head), *group.batch.buffers(page)], chunks)
             if whole:
                 self.arrived(group, page, head)
             else:

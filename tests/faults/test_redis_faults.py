@@ -368,6 +368,44 @@ def test_pages_expire_and_writing_them_again_keeps_them(tier: Open, server: Redi
     assert backend.stats()["present"] == 2
 
 
+# ---- pages that were just looked up
+
+
+def asked(server: RedisServer, command: str) -> int:
+    """How often the server was asked this, by anybody."""
+    return int(server.client().info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+def test_what_was_just_not_found_is_written_without_asking_again(tier: Open, server: RedisServer) -> None:
+    backend = tier(server.port)
+    assert not backend.lookup(key_batch(SPACE, KEYS)).any()
+    before = asked(server, "strlen")
+    assert store(backend) == HITS
+    assert asked(server, "strlen") == before
+    assert served(backend) == HITS
+    assert store(backend) == HITS, "now it is there, and asked for"
+    assert asked(server, "strlen") == before + len(KEYS)
+    assert (backend.stats()["stored"], backend.stats()["present"]) == (len(KEYS), len(KEYS))
+    backend.remove(key_batch(SPACE, KEYS))
+    assert Outcome.HIT not in served(backend)
+    assert store(backend) == HITS
+    assert served(backend) == HITS
+
+
+def test_what_others_stored_after_a_lookup_is_the_same_page(tier: Open, server: RedisServer) -> None:
+    one, other = tier(server.port), tier(server.port)
+    assert not one.lookup(key_batch(SPACE, KEYS)).any()
+    assert store(other) == HITS
+    assert store(one) == HITS
+    assert served(other) == served(one) == HITS
+    hurt = damage(server, KEYS, 3)
+    assert len(hurt) >= 4
+    one.lookup(key_batch(SPACE, KEYS))
+    found = served(one)
+    assert {key for key, outcome in zip(KEYS, found, strict=True) if outcome == Outcome.CORRUPT} == hurt
+    recovers(one)
+
+
 # ---- who may come in
 
 

@@ -226,6 +226,15 @@ def test_of_two_writers_one_stores(tier: Open, server: S3Server, bucket: str, mo
     assert served(second) == HITS
 
 
+def test_a_page_that_came_after_our_lookup_is_kept(tier: Open, server: S3Server, bucket: str) -> None:
+    first, second = tier(server.port, bucket), tier(server.port, bucket)
+    assert not second.lookup(key_batch(SPACE, KEYS)).any()
+    assert store(first, KEYS[:4]) == HITS[:4]
+    assert store(second) == HITS
+    assert (second.stats()["stored"], second.stats()["present"]) == (len(KEYS) - 4, 4)
+    assert served(second) == HITS
+
+
 def test_large_pages_go_up_in_parts(tier: Open, server: S3Server, bucket: str) -> None:
     backend = tier(server.port, bucket, multipart_size="5MiB")
     space = namespace((7 << 20, (5 << 20) + 12))
