@@ -381,6 +381,10 @@ class Backend(ABC):
         """Counters and gauges by name. Cheap: may be called every second."""
         return {}
 
+    def versions(self) -> Mapping[str, str]:
+        """Who does the work, by name: libraries and servers with their versions, engines. May ask a server."""
+        return {}
+
     def close(self) -> None:
         """Stop and let go of every resource within CLOSE_SECONDS."""
 

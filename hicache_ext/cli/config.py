@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ from rich.table import Table
 from hicache_ext.config import Config, ConfigError, TierConfig
 from hicache_ext.doctor.isolation import Call, ask
 from hicache_ext.page import KEY_BYTES, Namespace, PageLayout
-from storage_backends.base import Backend, Dispatcher, KeyBatch, Outcome, PageBatch
+from storage_backends.base import Backend, Capabilities, Dispatcher, KeyBatch, Outcome, PageBatch
 from storage_backends.buffers import OwnedMemory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
@@ -44,10 +44,15 @@ _PROMOTES = {
 
 @dataclass
 class Ping:
-    """What a tier said. seconds: of the lookup, and of the page that was written and read, where that was asked for."""
+    """What a tier said. *_ms: of the lookup, and of the page that was written and read, where that was asked for.
 
+    asked: false where it was not opened at all.
+    """
+
+    asked: bool = True
     problem: str = ""
     fix: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
     persistent: bool = False
     shared: bool = False
     medium: str = ""
@@ -68,11 +73,15 @@ def check(
     write: Annotated[
         bool, typer.Option("--write", help="Also store, read back, compare and remove one page of 64 KiB in each tier.")
     ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Open and ask nobody: only explain the file. Servers need not be there.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Explain a configuration, open each of its tiers and ask it for a page.
 
-    Says what would run: which tiers in which order, which pages reach each of them, and what each can do. A lookup
+    Says what would run: which tiers in which order, which pages reach each of them, what each can do, with which
+    libraries and servers, and how long it takes to answer. A lookup
     changes nothing; `--write` stores a page in a namespace of its own and removes it again. A local tier takes a
     writer's part of the directory for that moment, so leave `--write` out beside a busy server.
 
@@ -83,11 +92,19 @@ def check(
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
-    answers = ask([Call(partial(_ping, config, i, write), _SECONDS) for i in range(len(config.tiers))])
-    pings = [
-        answer.value if not answer.problem
-        else Ping(answer.problem, "look whether its server or disk answers") for answer in answers
-    ]  # fmt: skip
+    if offline and write:
+        raise typer.BadParameter("asks the tiers, which --offline does not", param_hint="--write")
+    if offline:
+        # Some backends know what they can do only once they are open.
+        known = [getattr(config.backend(i)[0], "capabilities", None) for i in range(len(config.tiers))]
+        pings = [Ping() if told is None else _told(told) for told in known]
+        pings = [replace(ping, asked=False) for ping in pings]
+    else:
+        answers = ask([Call(partial(_ping, config, i, write), _SECONDS) for i in range(len(config.tiers))])
+        pings = [
+            answer.value if not answer.problem
+            else Ping(problem=answer.problem, fix="look whether its server or disk answers") for answer in answers
+        ]  # fmt: skip
     if as_json:
         typer.echo(json.dumps(_as_dict(file, config, pings), indent=1))
     else:
@@ -109,7 +126,7 @@ def _ping(config: Config, tier: int, write: bool) -> Ping:
         backend = chosen(options, dispatcher)
     except Exception as error:
         text, _, fix = str(error).partition(". Fix: ")
-        return Ping(text or type(error).__name__, fix or "look whether its server or disk answers")
+        return Ping(problem=text or type(error).__name__, fix=fix or "look whether its server or disk answers")
     try:
         return _ask(backend, write)
     finally:
@@ -117,9 +134,12 @@ def _ping(config: Config, tier: int, write: bool) -> Ping:
         dispatcher.close()
 
 
+def _told(capabilities: Capabilities) -> Ping:
+    return Ping(persistent=capabilities.persistent, shared=capabilities.shared, medium=capabilities.medium)
+
+
 def _ask(backend: Backend, write: bool) -> Ping:
-    told = backend.capabilities
-    ping = Ping(persistent=told.persistent, shared=told.shared, medium=told.medium)
+    ping = _told(backend.capabilities)
     space = Namespace("hicache-ext config check", "", PageLayout("check", "flat", "uint8", 1, (64 << 10,)))
     key = os.urandom(KEY_BYTES)
     since = time.monotonic()
@@ -129,6 +149,7 @@ def _ask(backend: Backend, write: bool) -> Ping:
         ping.problem, ping.fix = "says that it has a page that nobody stored", "report this"
     if write and not ping.problem:
         _round_trip(backend, space, key, ping)
+    ping.versions = dict(backend.versions())
     ping.stats = dict(backend.stats())
     state = str(ping.stats.get("state", "ok"))
     if not ping.problem and state not in ("ok", "disk full"):
@@ -190,7 +211,11 @@ def _print(file: Path, config: Config, pings: list[Ping]) -> None:
         else:
             kept = "kept over restarts" if ping.persistent else "gone with the process"
             whose = "shared with other processes" if ping.shared else "this process's own"
-            table.add_row("[green]answers[/green]", f"{ping.medium}, {kept}, {whose}")
+            what = f"{ping.medium}, {kept}, {whose}" if ping.medium else ""
+            table.add_row("[green]answers[/green]" if ping.asked else "not asked", what)
+        if ping.versions:
+            table.add_row("by", ", ".join(f"{name} {version}" for name, version in ping.versions.items()))
+        if ping.lookup_ms is not None and not ping.problem:
             table.add_row("lookup", f"{ping.lookup_ms} ms")
             if ping.write_ms is not None:
                 table.add_row("write, read", f"{ping.write_ms} ms, {ping.read_ms} ms, bytes equal")

@@ -153,6 +153,9 @@ class LocalBackend(Backend):
         if news is not None and not self._elsewhere and not self._closed:
             news.recheck(namespace, keys)
 
+    def versions(self) -> dict[str, str]:
+        return {"engine": self._engine.name, "checksums": checksum.implementation(), "index": self._index.name}
+
     def stats(self) -> Mapping[str, int | float | str]:
         if self._elsewhere:
             return {"state": "forked"}

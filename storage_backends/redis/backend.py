@@ -141,6 +141,18 @@ class RedisBackend(ObjectBackend):
             if not self.options.cluster:
                 client.close()
 
+    def versions(self) -> dict[str, str]:
+        found = {"redis-py": redis.__version__}
+        with contextlib.suppress(Exception):  # a server that is away, or a user who may not ask it
+            client = self._servers.client()
+            told = client.info("server")
+            told = next(iter(told.values())) if self.options.cluster else told
+            name = str(told.get("server_name", "redis"))
+            found["server"] = f"{name} {told.get(f'{name}_version', told.get('redis_version'))}"
+            if not self.options.cluster:
+                client.close()
+        return found
+
     def abort(self) -> None:
         with self._lock:
             wires = list(self._wires)

@@ -96,6 +96,9 @@ class S3Backend(ObjectBackend):
             for found in obstore.list(self._store, prefix=start.rstrip("/"), chunk_size=_DELETE_AT_ONCE):
                 obstore.delete(self._store, [one["path"] for one in found])
 
+    def versions(self) -> dict[str, str]:
+        return {"obstore": obstore.__version__}
+
     def close(self) -> None:
         super().close()
         self._heads.shutdown(wait=False, cancel_futures=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from typer.testing import CliRunner
 
 from hicache_ext.cli.main import app
 from storage_backends.base import BackendOptions, Completion, Dispatcher, KeyBatch, PageBatch
 from storage_backends.memory import MemoryBackend, MemoryOptions
+from tests.redis_server import RedisServer
 
 
 class Silent(MemoryBackend):
@@ -92,6 +95,60 @@ def test_other_bytes_are_noticed(tmp_path: Path) -> None:
     code, told, _ = _check(tmp_path, tiers, "--json", "--write")
     assert code == 1
     assert told["tiers"][0]["problem"] == "gave back other bytes than were stored"
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+#: What an example's backend needs beside this package: without it, its test is skipped.
+NEEDS = {"redis": "redis", "s3": "obstore", "mooncake": "mooncake", "nixl": "nixl"}
+
+
+def adapted(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of an example, with folders, sizes and secrets of this machine in the place of those that it names."""
+    text = path.read_text()
+    for name in set(re.findall(r"type: (\w+)", text)) & NEEDS.keys():
+        pytest.importorskip(NEEDS[name])
+    for number, place in enumerate(sorted(set(re.findall(r"(?m)^ +(?:- )?path: ([^#\s]+)", text)))):
+        (folder / f"place{number}").mkdir(parents=True)
+        text = text.replace(f"path: {place}", f"path: {folder / f'place{number}'}")
+    for name in re.findall(r"(?m)^[^#\n]*_env: (\w+)", text):
+        monkeypatch.setenv(name, "0f" * 32)
+    copy = folder / path.name
+    copy.write_text(re.sub(r"\b\d+[GT]iB\b", "64MiB", text))
+    return copy
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda path: path.name)
+def test_examples_are_explained_without_their_servers(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = adapted(path, tmp_path, monkeypatch)
+    done = CliRunner().invoke(app, ["config", "check", "--offline", str(copy)])
+    assert done.exit_code == 0, done.output
+    wanted = [tier["type"] for tier in yaml.safe_load(copy.read_text())["tiers"]]
+    assert done.output.count("not asked") == len(wanted)
+    assert all(f"{number}: " in done.output for number in range(len(wanted)))
+    assert "0f0f" not in done.output, "a secret was shown"
+
+
+def test_who_does_the_work_is_named(tmp_path: Path) -> None:
+    with RedisServer() as server:
+        tiers = [_local(tmp_path), {"type": "redis", "url": f"redis://127.0.0.1:{server.port}"}]
+        code, told, _ = _check(tmp_path, tiers, "--json", "--write")
+        assert code == 0
+        near, far = (tier["versions"] for tier in told["tiers"])
+        assert near["engine"] in ("native", "liburing", "threads")
+        assert re.fullmatch(r"(redis|valkey) \d+\.\d+.*", far["server"])
+        _, _, text = _check(tmp_path, tiers)
+        assert far["server"] in text
+        assert "not asked" not in text
+
+
+def test_offline_asks_nobody(tmp_path: Path) -> None:
+    tiers = [{"type": "tests.unit.test_config_check:Silent"}]
+    code, told, _ = _check(tmp_path, tiers, "--json", "--offline")
+    assert code == 0
+    assert (told["tiers"][0]["asked"], told["tiers"][0]["lookup_ms"]) == (False, None)
+    assert _check(tmp_path, tiers, "--offline", "--write")[0] == 2
 
 
 def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
