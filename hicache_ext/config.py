@@ -69,7 +69,7 @@ class TierConfig(BaseModel):
     """One tier: its backend's name (`type`), a name of its own for logs and metrics, and the backend's options.
 
     write, write_hits: which pages reach a tier that is not the first, always in the background: "through", every page
-    that is written; "evicted", those that the tier before, a memory tier, is about to evict; "hits", those read
+    that is written; "evicted", those that the tier before, local or memory, is about to evict; "hits", those read
     `write_hits` times.
     promote: which pages that are read from such a tier go up to the first: "always", "second_hit", "never".
     """

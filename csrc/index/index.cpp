@@ -191,6 +191,14 @@ std::vector<Page> Index::evict(
     return gone;
 }
 
+Numbers Index::going(const Digest& space, std::size_t count, std::size_t examine) {
+    const std::uint32_t number = known_space(space);
+    if (number == NONE) return {};
+    Numbers found = spaces_[number]->order.going(count, examine);
+    std::erase_if(found, [this](std::uint32_t n) { return expired(n); });
+    return found;
+}
+
 std::uint32_t Index::same(const Page& page) const {
     const std::uint32_t n = find(page.space, page.key);
     if (n == NONE) return NONE;

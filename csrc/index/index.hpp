@@ -61,6 +61,8 @@ public:
     std::uint32_t victim(const Digest& space);
     /// Up to `count` victims, removed; as they were.
     std::vector<Page> evict(const Digest& space, std::size_t count, std::span<const std::uint8_t> protected_keys);
+    /// Up to `count` pages that would be evicted next (Order::going), without those past their time.
+    Numbers going(const Digest& space, std::size_t count, std::size_t examine);
     /// Whether the index holds this very page, in this place.
     std::uint32_t same(const Page& page) const;
 

@@ -108,7 +108,7 @@ void lookup(Index& index, const nb::bytes& space, const nb::bytes& keys, const M
 
 void pin(Index& index, const nb::bytes& space, const nb::bytes& keys, const MaybeBytes& parents,
          const Array<std::uint32_t>& handles, const Array<std::uint32_t>& folders, const Array<std::uint32_t>& extents,
-         const Array<std::uint32_t>& slots, const Array<std::uint8_t>& own) {
+         const Array<std::uint32_t>& slots, const Array<std::uint8_t>& own, bool touch) {
     const Digest name = digest(space);
     const auto wanted = packed(keys);
     const std::uint8_t* above = parents_of(parents, wanted.size());
@@ -126,7 +126,7 @@ void pin(Index& index, const nb::bytes& space, const nb::bytes& keys, const Mayb
         slots.data()[i] = page.slot;
         own.data()[i] = page.own;
     }
-    index.touch(name, used_nodes(index, name, above, found), false);
+    if (touch) index.touch(name, used_nodes(index, name, above, found), false);
 }
 
 nb::bytes unpin(Index& index, const std::vector<std::uint32_t>& handles) {
@@ -295,6 +295,8 @@ void bind(nb::module_& m) {
             return told_or_none(index, index.victim(digest(space))); })
         .def("evict", [](Index& index, const nb::bytes& space, std::size_t count, const nb::bytes& keys, std::uint64_t time_ns) {
             return removed(index.evict(digest(space), count, packed(keys)), time_ns); })
+        .def("going", [](Index& index, const nb::bytes& space, std::size_t count, std::size_t examine) {
+            return keys_of(index, index.going(digest(space), count, examine)); })
         .def("set_oldest", [](Index& index, const nb::bytes& space, std::uint64_t time_ns) {
             index.set_oldest(digest(space), time_ns); })
         .def("expired", [](Index& index, const nb::bytes& space, std::size_t limit, std::size_t examine) {

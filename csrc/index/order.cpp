@@ -4,6 +4,8 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <queue>
+#include <unordered_map>
 
 namespace hicache::index {
 
@@ -18,6 +20,10 @@ const std::array<std::uint64_t, 256> LOG2_X256 = [] {
 
 bool may_go(const Node& node, bool last_resort) {
     return (node.flags & (PINNED | PROTECTED)) == 0 && (last_resort || node.other_children == 0);
+}
+
+bool before(const Node& a, const Node& b) {
+    return a.rank != b.rank ? a.rank < b.rank : static_cast<std::int32_t>(a.tie - b.tie) < 0;
 }
 
 }  // namespace
@@ -41,6 +47,18 @@ void Leaves::remove(std::uint32_t n) {
     set(at, last);
     up(at);
     down(nodes_[last.node].below);
+}
+
+std::uint32_t Leaves::top() {
+    while (!heap_.empty()) {
+        Entry& first = heap_[0];
+        const Node& node = nodes_[first.node];
+        if (first.rank == node.rank && first.tie == node.tie) return first.node;
+        first.rank = node.rank;
+        first.tie = node.tie;
+        down(0);
+    }
+    return NONE;
 }
 
 void Leaves::up(std::size_t at) {
@@ -164,6 +182,44 @@ std::uint32_t Order::s3fifo_victim(bool last_resort) {
         rank(node);
         queue(node).push(n);
     }
+}
+
+std::vector<std::uint32_t> Order::going(std::size_t count, std::size_t examine) {
+    // Leaves are taken out of their queues and put back at the end. Pages that would be leaves by then wait in `above`.
+    const auto later = [this](std::uint32_t a, std::uint32_t b) { return before(nodes_[b], nodes_[a]); };
+    using Above = std::priority_queue<std::uint32_t, std::vector<std::uint32_t>, decltype(later)>;
+    Above above[2]{Above(later), Above(later)};
+    std::unordered_map<std::uint32_t, std::uint32_t> children;  // that would be left, of pages that lost one
+    std::vector<std::uint32_t> found, aside;
+    const std::uint64_t share = std::max<std::uint64_t>(1, capacity_ / 10);
+    std::uint64_t small_size = sizes_[0];
+    for (; found.size() < count && examine != 0; --examine) {
+        std::uint32_t first[2];
+        for (int q = 0; q < 2; ++q) {
+            first[q] = queues_[q].top();
+            if (!above[q].empty() && (first[q] == NONE || before(nodes_[above[q].top()], nodes_[first[q]])))
+                first[q] = above[q].top();
+        }
+        const int q = first[1] == NONE || (first[0] != NONE && (policy_ != Policy::S3Fifo || small_size >= share)) ? 0 : 1;
+        const std::uint32_t n = first[q];
+        if (n == NONE) break;
+        const Node& node = nodes_[n];
+        if (node.has(LEAF)) {
+            queues_[q].remove(n);
+            aside.push_back(n);
+        } else {
+            above[q].pop();
+        }
+        if (!may_go(node, false)) continue;
+        if (q == 0) --small_size;
+        if (policy_ == Policy::S3Fifo && node.visits > (q == 0 ? 1u : 0u)) continue;
+        found.push_back(n);
+        if (node.parent == NONE || !nodes_[node.parent].has(OWN)) continue;
+        std::uint32_t& left = children.try_emplace(node.parent, nodes_[node.parent].below).first->second;
+        if (--left == 0) above[nodes_[node.parent].has(MAIN)].push(node.parent);
+    }
+    for (const std::uint32_t n : aside) queue(nodes_[n]).push(n);
+    return found;
 }
 
 }  // namespace hicache::index

@@ -24,21 +24,16 @@ public:
     void push(std::uint32_t n);
     void remove(std::uint32_t n);
 
+    /// The first leaf, which stays; NONE when there is none.
+    std::uint32_t top();
+
     /// The first leaf that `may_go`, which stays; NONE when there is none.
     template <class MayGo>
     std::uint32_t first(MayGo may_go) {
         std::uint32_t found = NONE;
         aside_.clear();
-        while (!heap_.empty()) {
-            const std::uint32_t n = heap_[0].node;
-            const Node& node = nodes_[n];
-            if (heap_[0].rank != node.rank || heap_[0].tie != node.tie) {
-                heap_[0].rank = node.rank;
-                heap_[0].tie = node.tie;
-                down(0);
-                continue;
-            }
-            if (may_go(node)) {
+        for (std::uint32_t n = top(); n != NONE; n = top()) {
+            if (may_go(nodes_[n])) {
                 found = n;
                 break;
             }
@@ -116,6 +111,10 @@ public:
 
     /// NONE when no page may go. last_resort: pages that have children in other writers' folders may go, too.
     std::uint32_t victim(bool last_resort);
+
+    /// Up to `count` pages that `victim` would give one after the other, were each evicted, if nothing is used or stored
+    /// meanwhile; without a last resort, and under S3-FIFO without pages that get another round. Looks at so many pages.
+    std::vector<std::uint32_t> going(std::size_t count, std::size_t examine);
 
     std::uint64_t next_number() { return ++clock_; }
     std::size_t bytes() const { return queues_[0].bytes() + queues_[1].bytes() + ghosts_.bytes(); }

@@ -61,7 +61,7 @@ public:
             case 5: case 6: lookup(); break;
             case 7: pin(); break;
             case 8: unpin(); break;
-            case 9: evict(); break;
+            case 9: foresee(); evict(); break;
             case 10: expire(); break;
             case 11: forget_orphans(); break;
             case 12: log(); break;
@@ -199,6 +199,15 @@ private:
         const bool there = std::any_of(pages_.begin(), pages_.end(), same);
         const bool last = std::none_of(readers_.begin(), readers_.end(), reads);
         CHECK(index_.pins().give(handle) == (last && !there));
+    }
+
+    /// Asking what goes next changes nothing; `check` and the evictions that follow would show it.
+    void foresee() {
+        const Digest space = space_of(below(random_, 3));
+        const std::size_t count = below(random_, 40);
+        const Numbers next = index_.going(space, count, below(random_, 200));
+        CHECK(next.size() <= count && next.size() == std::set<std::uint32_t>(next.begin(), next.end()).size());
+        for (const std::uint32_t n : next) CHECK(index_.page(n).own && index_.page(n).space == space);
     }
 
     void evict() {

@@ -20,7 +20,9 @@ from storage_backends.base import Completion, KeyBatch, Outcome, PageBatch
 
 logger = logging.getLogger(__name__)
 
-_PAGES = 64
+#: Pages that are read at a time, and those among which are looked for that are not below yet: a burst of writes evicts
+#: many at once.
+_PAGES, _AHEAD = 64, 1024
 _BUSY_SECONDS, _IDLE_SECONDS = 0.02, 0.25
 
 
@@ -30,6 +32,7 @@ class Demotion:
     def __init__(self, above: Tier, below: Behind, spaces: Mapping[bytes, Namespace]) -> None:
         """spaces: the namespaces that were met, by digest; only their pages can be moved."""
         self._above, self._below, self._spaces = above, below, spaces
+        self._reads: list[Completion] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"hicache-demote-{above.name}", daemon=True)
         self._thread.start()
@@ -42,12 +45,19 @@ class Demotion:
         wait = _IDLE_SECONDS
         while not self._closing.wait(wait):
             try:
-                moved = [self._move(*going) for going in self._above.backend.going(_PAGES)]
-                wait = _BUSY_SECONDS if any(moved) else _IDLE_SECONDS
+                wait = _BUSY_SECONDS if self._turn() else _IDLE_SECONDS
             except Exception:
                 # A backend may raise only for a programming error; that too must not end the thread.
                 logger.exception("tier %s: demotion failed; tried again", self._above.name)
                 wait = 10 * _IDLE_SECONDS
+
+    def _turn(self) -> bool:
+        """Move some pages, once those before them have arrived below; whether there is more to do soon."""
+        self._reads = [read for read in self._reads if not read.done]
+        if self._reads or not self._below.idle():
+            return True
+        moved = [self._move(*going) for going in self._above.backend.going(_AHEAD)]
+        return any(moved)
 
     def _move(self, digest: bytes, keys: bytes) -> bool:
         """Read these pages and send on those that came; whether there was anything to do."""
@@ -55,7 +65,7 @@ class Demotion:
         if space is None:
             return False
         asked = KeyBatch(space, keys)
-        new = np.flatnonzero(self._below.unsent(asked)).tolist()
+        new = np.flatnonzero(self._below.unsent(asked))[:_PAGES].tolist()
         if not new:
             return False
         wanted = asked.only(new)
@@ -73,5 +83,7 @@ class Demotion:
             self._below.tier.count("demoted", len(good))
             self._below.send(batch, good)
 
-        self._above.backend.read(batch).on_done(arrived)
+        read = self._above.backend.read(batch)
+        self._reads.append(read)
+        read.on_done(arrived)
         return True

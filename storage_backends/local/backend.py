@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from pydantic import ByteSize
 
-from hicache_ext.page import Namespace
+from hicache_ext.page import KEY_BYTES, Namespace
 from storage_backends import checksum
 from storage_backends.base import (
     CLOSE_SECONDS,
@@ -50,6 +50,7 @@ class LocalBackend(Backend):
     """
 
     Options = LocalOptions
+    foresees = True
     options: LocalOptions
 
     @classmethod
@@ -126,6 +127,22 @@ class LocalBackend(Backend):
                 tier.drop(known, "removed")
                 removed += 1
         return removed
+
+    def going(self, most: int) -> list[tuple[bytes, bytes]]:
+        """Of each namespace a tenth of what it holds here, those that are used the most first. What goes with an extent
+        that another namespace takes is not foreseen."""
+        found: list[tuple[bytes, bytes]] = []
+        if self._elsewhere:
+            return found
+        with self._lock:
+            for namespace, pages in self._tier.writers.short_of_a_tenth():
+                keys = self._index.going(namespace, min(pages, most))
+                most -= len(keys) // KEY_BYTES
+                if keys:
+                    found.append((namespace, keys))
+                if not most:
+                    break
+        return found
 
     def clear(self, namespaces: Iterable[Namespace]) -> None:
         if self._elsewhere:

@@ -43,6 +43,11 @@ __all__ = ["ADOPTED", "GATHERED", "Index", "Page", "Pinned", "Snapshot"]
 GATHERED, ADOPTED = 1 << 14, 1 << 11
 
 
+def examined(count: int) -> int:
+    """How many pages `Index.going` looks at, at most, for so many."""
+    return 4 * count + 64
+
+
 class _Kept:
     """What may not go, as a collection that looks it up."""
 
@@ -104,8 +109,8 @@ class Index:
         self.touch(namespace, present, used)
         return found
 
-    def pin(self, namespace: bytes, keys: bytes, parents: bytes | None) -> Pinned:
-        """Hold the resident pages of a batch, and touch them as a lookup that is no use of its own."""
+    def pin(self, namespace: bytes, keys: bytes, parents: bytes | None, touch: bool = True) -> Pinned:
+        """Hold the resident pages of a batch. touch: as a lookup does that is no use of its own."""
         held = Pinned([], [], [], [], [], [])
         present = [] if parents is None else split_keys(parents)[:1]
         for page, key in enumerate(split_keys(keys)):
@@ -120,7 +125,8 @@ class Index:
             values = (page, handle, told.folder, told.extent, told.slot, told.own)
             for column, value in zip(cast(tuple[list[int], ...], held), values, strict=True):
                 column.append(value)
-        self.touch(namespace, present, used=False)
+        if touch:
+            self.touch(namespace, present, used=False)
         return held
 
     def unpin(self, handles: list[int]) -> list[bool]:
@@ -280,6 +286,16 @@ class Index:
             self.remove(page, evicted=True)
             gone.append(page)
         return gone, _encode_removed(gone, time_ns)
+
+    def going(self, namespace: bytes, count: int) -> bytes:
+        """Packed keys of up to `count` pages that `evict` would take next, first to go first, if nothing is used or
+        stored meanwhile: not those past their time, nor such as go only when nothing else can."""
+        space = self.spaces.get(namespace)
+        if space is None:
+            return b""
+        kept = _Kept(space, frozenset(), last_resort=False)
+        keys = space.order.going(count, kept, examined(count))  # type: ignore[arg-type]
+        return b"".join(key for key in keys if not space.is_expired(space.entries[key]))
 
     def set_capacity(self, namespace: bytes, pages: int) -> None:
         """How many own pages of this namespace there is room for in all own folders, as far as is known."""

@@ -12,7 +12,7 @@ import numpy as np
 from hicache_ext._native import Adoption as _Adoption
 from hicache_ext._native import Index as _Index
 from hicache_ext.page import KEY_BYTES, split_keys
-from storage_backends.local.index import ADOPTED, GATHERED, Page, Pinned
+from storage_backends.local.index import ADOPTED, GATHERED, Page, Pinned, examined
 
 _ABSENT = np.uint32(0xFFFFFFFF)
 
@@ -49,10 +49,10 @@ class NativeIndex:
         self._index.lookup(namespace, keys, parents, found, used)
         return found
 
-    def pin(self, namespace: bytes, keys: bytes, parents: bytes | None) -> Pinned:
+    def pin(self, namespace: bytes, keys: bytes, parents: bytes | None, touch: bool = True) -> Pinned:
         columns = np.empty((4, len(keys) // KEY_BYTES), np.uint32)
         own = np.empty(columns.shape[1], np.uint8)
-        self._index.pin(namespace, keys, parents, *columns, own)
+        self._index.pin(namespace, keys, parents, *columns, own, touch)
         pages = np.flatnonzero(columns[0] != _ABSENT)
         handles, folders, extents, slots = columns[:, pages].tolist()
         return Pinned(pages.tolist(), handles, folders, extents, slots, own[pages].astype(bool).tolist())
@@ -102,6 +102,9 @@ class NativeIndex:
         self._protected = (b"", frozenset())
         gone, records = self._index.evict(namespace, count, b"".join(protected), time_ns)
         return list(map(Page._make, gone)), records
+
+    def going(self, namespace: bytes, count: int) -> bytes:
+        return self._index.going(namespace, count, examined(count))
 
     def expired(self, namespace: bytes, limit: int, examine: int = 4096) -> list[Page]:
         return list(map(Page._make, self._index.expired(namespace, limit, examine)))

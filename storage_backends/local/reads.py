@@ -90,11 +90,11 @@ class Reads:
     def _pin(self, batch: PageBatch) -> Pinned:
         """Hold what is resident; what other writers stored is looked for only when something is missing."""
         tier, digest = self._tier, batch.namespace.digest
-        held = tier.index.pin(digest, batch.keys, batch.parents)
+        held = tier.index.pin(digest, batch.keys, batch.parents, batch.used)
         if len(held.pages) == len(batch) or not tier.disks.refresh():
             return held
         tier.index.unpin(held.handles)
-        return tier.index.pin(digest, batch.keys, batch.parents)
+        return tier.index.pin(digest, batch.keys, batch.parents, batch.used)
 
     def _parted(self, completion: Completion, held: Pinned, extents: list[Extent]) -> list[_Flight]:
         """By disk."""
@@ -121,9 +121,8 @@ class Reads:
         lost = [handle for place, handle in zip(where, held.handles, strict=True) if place not in extents]
         for handle in lost:
             page = tier.index.pinned(handle)
-            if (
-                tier.disks.of(page.folder) is not None
-            ):  # a disk that is being opened has its pages known before it is used
+            # A disk that is being opened has its pages known before it is used.
+            if tier.disks.of(page.folder) is not None:
                 tier.drop(page, "lost")
         tier.index.unpin(lost)
         there = [i for i, place in enumerate(where) if place in extents]

@@ -169,6 +169,20 @@ class Writers:
         """Namespaces with extents that may go."""
         return {namespace for _, writer in self._members() for namespace in writer.loose()}
 
+    def short_of_a_tenth(self) -> list[tuple[bytes, int]]:
+        """Namespaces whose pages will have to go before a tenth of what they hold could be written, and how many pages
+        that takes; the one that was touched last first."""
+        members = self._members()
+        open_room = sum(max(0, disk.directory.share - writer.disk_bytes) for disk, writer in members)
+        found = []
+        for namespace in sorted(self.loose(), key=self._index.touched, reverse=True):
+            extents = [e.header for _, w in members for e in w.by_namespace.get(namespace, {}).values()]
+            free = sum(writer.free_count(namespace, True) for _, writer in members)
+            lacking = sum(header.slots for header in extents) // 10 + 1 - free - open_room // extents[0].slot_bytes
+            if lacking > 0:
+                found.append((namespace, lacking))
+        return found
+
     def descriptions(self) -> list[tuple[bytes, bytes]]:
         """Of the namespaces that have extents here, what they are."""
         return [

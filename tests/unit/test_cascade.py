@@ -316,8 +316,10 @@ def test_a_cascade_from_a_configuration(tmp_path: Path) -> None:
         Config.load({"tiers": [{"type": "memory", "write": "through"}]})
     below = {"type": "memory", "name": "c", "write": "evicted"}
     assert Config.load({"tiers": [tiers[0], below]}).tiers[1].write == "evicted"
-    with pytest.raises(ConfigError, match=r"tiers\[1\].write = 'evicted': a local tier does not say"):
-        Config.load({"tiers": [{"type": "local", "path": str(tmp_path), "capacity": "8MiB"}, below]})
+    local = {"type": "local", "path": str(tmp_path), "capacity": "8MiB"}
+    assert Config.load({"tiers": [local, below]}).tiers[1].write == "evicted"
+    with pytest.raises(ConfigError, match=r"tiers\[1\].write = 'evicted': a redis tier does not say"):
+        Config.load({"tiers": [{"type": "redis", "url": "redis://127.0.0.1:1"}, below]})
     with pytest.raises(ConfigError, match=r"tiers\[1\].promote"):
         Config.load({"tiers": [tiers[0], {"type": "memory", "promote": "sometimes"}]})
 

@@ -66,6 +66,7 @@ class Order(ABC):
         #: Resident children per page; the page itself may be absent (stored later, or never).
         self.children: Counter[Hashable] = Counter()
         self.sequence = 0
+        self.queues: list[LeafQueue] = []
 
     def __len__(self) -> int:
         return len(self.pages)
@@ -133,6 +134,55 @@ class Order(ABC):
         self.sequence += 1
         return self.sequence
 
+    def going(self, count: int, kept: Collection[Key], examine: int) -> list[Key]:
+        """Up to `count` pages that `victim` would give one after the other, were each evicted, if nothing is used or
+        stored meanwhile. kept: pages that may not go. Looks at `examine` pages at most, so that asking costs little."""
+        found: list[Key] = []
+        above: list[list[tuple[Rank, Key]]] = [[] for _ in self.queues]  # pages that would be leaves by then
+        children: dict[Hashable, int] = {}
+        gone = [0] * len(self.queues)
+        for _ in range(examine):
+            firsts = [self._first(queue, later) for queue, later in zip(self.queues, above, strict=True)]
+            at = self.turn(firsts, gone)
+            key = firsts[at]
+            if key is None or len(found) == count:
+                break
+            page = self.pages[key]
+            if above[at] and above[at][0][1] == key:
+                heapq.heappop(above[at])
+            else:
+                self.queues[at].set_aside()
+            if key in kept:
+                continue
+            gone[at] += 1
+            if self.stays(page):
+                continue
+            found.append(key)
+            parent = self.pages.get(page.parent)
+            if page.parent is not None and parent is not None:
+                children[page.parent] = children.get(page.parent, self.children[page.parent]) - 1
+                if not children[page.parent]:
+                    heapq.heappush(above[parent.queue], (parent.rank, page.parent))
+        for queue in self.queues:
+            queue.put_back()
+        return found
+
+    @staticmethod
+    def _first(queue: LeafQueue, above: list[tuple[Rank, Key]]) -> Key | None:
+        """The lower of the queue's first page and that of `above`."""
+        first = queue.first_item()
+        if above and (first is None or above[0] < first):
+            return above[0][1]
+        return None if first is None else first[1]
+
+    def turn(self, firsts: Sequence[Key | None], gone: Sequence[int]) -> int:
+        """Of which queue the next victim is. firsts: of each queue; gone: how many it has lost (`going`)."""
+        return 0
+
+    def stays(self, page: Page) -> bool:
+        """Whether a page that comes up gets another round."""
+        return False
+
     @abstractmethod
     def victim(self, protected: Collection[Key] = ()) -> Key | None:
         """The page that should go next; None when every leaf is protected. It stays until `remove`."""
@@ -160,6 +210,7 @@ class LeafQueue:
         self._order = order
         self._queue = queue
         self._heap: list[tuple[Rank, Key]] = []
+        self._aside: set[tuple[Rank, Key]] = set()
 
     def push(self, key: Key, page: Page) -> None:
         heapq.heappush(self._heap, (page.rank, key))
@@ -168,19 +219,31 @@ class LeafQueue:
             heapq.heapify(self._heap)
 
     def first(self, protected: Collection[Key] = ()) -> Key | None:
-        aside = []
         found = None
-        while self._heap and found is None:
-            item = self._heap[0]
-            if self._holds(item) and item[1] not in protected:
+        while found is None and (item := self.first_item()) is not None:
+            if item[1] in protected:
+                self.set_aside()
+            else:
                 found = item[1]
-                break
-            heapq.heappop(self._heap)
-            if self._holds(item):
-                aside.append(item)
-        for item in set(aside):
-            heapq.heappush(self._heap, item)
+        self.put_back()
         return found
+
+    def first_item(self) -> tuple[Rank, Key] | None:
+        """Rank and key of the first leaf."""
+        while self._heap and not self._holds(self._heap[0]):
+            heapq.heappop(self._heap)
+        return self._heap[0] if self._heap else None
+
+    def set_aside(self) -> None:
+        """Take the first leaf out until `put_back`."""
+        self._aside.add(heapq.heappop(self._heap))
+        while self._heap and self._heap[0] in self._aside:  # it was offered twice
+            heapq.heappop(self._heap)
+
+    def put_back(self) -> None:
+        for item in self._aside:
+            heapq.heappush(self._heap, item)
+        self._aside.clear()
 
     def _holds(self, item: tuple[Rank, Key]) -> bool:
         rank, key = item
@@ -193,13 +256,13 @@ class Ranked(Order):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._leaves = LeafQueue(self)
+        self.queues = [LeafQueue(self)]
 
     def victim(self, protected: Collection[Key] = ()) -> Key | None:
-        return self._leaves.first(protected)
+        return self.queues[0].first(protected)
 
     def offer(self, key: Key, page: Page) -> None:
-        self._leaves.push(key, page)
+        self.queues[0].push(key, page)
 
 
 class Lru(Ranked):

@@ -5,7 +5,7 @@ Belongs here: that order. Does not belong here: what all orders share (order.py)
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from storage_backends.local.policy.order import Ghosts, Key, LeafQueue, Order, Page
 
@@ -28,7 +28,7 @@ class S3Fifo(Order):
         super().__init__(capacity)
         self._share = max(1, capacity // 10)
         self._size = [0, 0]
-        self._leaves = [LeafQueue(self, SMALL), LeafQueue(self, MAIN)]
+        self.queues = [LeafQueue(self, SMALL), LeafQueue(self, MAIN)]
         self.ghosts = Ghosts(max(1, capacity - self._share))
 
     def set_capacity(self, capacity: int) -> None:
@@ -46,26 +46,30 @@ class S3Fifo(Order):
             page.visits = min(3, page.visits + 1)
 
     def offer(self, key: Key, page: Page) -> None:
-        self._leaves[page.queue].push(key, page)
+        self.queues[page.queue].push(key, page)
 
     def removed(self, key: Key, page: Page, evicted: bool) -> None:
         self._size[page.queue] -= 1
         if evicted and page.queue == SMALL:
             self.ghosts.add(key)
 
+    def turn(self, firsts: Sequence[Key | None], gone: Sequence[int]) -> int:
+        small, main = firsts
+        return SMALL if main is None or (small is not None and self._size[SMALL] - gone[SMALL] >= self._share) else MAIN
+
+    def stays(self, page: Page) -> bool:
+        return page.visits > (1 if page.queue == SMALL else 0)
+
     def victim(self, protected: Collection[Key] = ()) -> Key | None:
         while True:
-            small, main = (leaves.first(protected) for leaves in self._leaves)
-            key = small if main is None or (small is not None and self._size[SMALL] >= self._share) else main
+            firsts = [leaves.first(protected) for leaves in self.queues]
+            key = firsts[self.turn(firsts, (0, 0))]
             if key is None:
                 return None
             page = self.pages[key]
-            if page.queue == SMALL and page.visits > 1:
-                page.visits = 0
-            elif page.queue == MAIN and page.visits:
-                page.visits -= 1
-            else:
+            if not self.stays(page):
                 return key
+            page.visits = 0 if page.queue == SMALL else page.visits - 1
             self._size[page.queue] -= 1
             self._size[MAIN] += 1
             page.queue = MAIN
