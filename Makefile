@@ -54,6 +54,8 @@ $(V)/.stamp-shim: $(V)/.stamp-sglang $(shell find $(CPU)/src $(CPU)/pyproject.to
 # Editable: a change in Python needs no reinstall, a change in csrc rebuilds here.
 $(V)/.stamp-project: $(V)/.stamp-shim pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 	$(PIP) install -q -e '.[dev,liburing]' -c $(CPU)/requirements/constraints.txt
+	@# The router that events are tested with. It asks for an older pydantic than SGLang has, and works without.
+	-$(PIP) install -q --no-deps ai-dynamo-runtime==1.6.1
 	$(BIN)/hicache-ext --version
 	touch $@
 

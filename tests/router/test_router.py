@@ -1,0 +1,201 @@
+"""What Dynamo's own indexer answers is what the stores hold, tier by tier, whatever happens to them."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from hicache_ext.events.model import BlockRemoved, BlockStored
+from storage_backends.base import Outcome
+from tests.pages import key_batch
+from tests.redis_server import RedisServer
+from tests.router.indexer import Indexer
+from tests.router.worker import PAGE, SPACE, Prompt, Worker, prompt, wait
+
+
+@pytest.fixture(scope="module")
+def indexer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Indexer]:
+    with Indexer(tmp_path_factory.mktemp("indexer"), threads=2) as one:
+        yield one
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> dict[str, Any]:
+    return {"type": "local", "path": str(tmp_path / "disk"), "capacity": "1MiB", "engine": "threads"}
+
+
+@pytest.fixture(scope="module")
+def external() -> Iterator[dict[str, Any]]:
+    with RedisServer() as server:
+        yield {"type": "redis", "url": f"redis://127.0.0.1:{server.port}/0"}
+
+
+Run = Callable[..., Worker]
+_numbers = iter(range(1, 1000))
+
+
+@pytest.fixture
+def run(indexer: Indexer, tmp_path: Path) -> Iterator[Run]:
+    """Starts a worker that the indexer knows as `worker.number`."""
+    started: list[Worker] = []
+
+    def start(*tiers: dict[str, Any], folder: Path = tmp_path, **more: Any) -> Worker:
+        folder.mkdir(exist_ok=True)
+        worker = Worker(folder, list(tiers), **more)
+        worker.number = next(_numbers)
+        started.append(worker)
+        indexer.register(worker.number, worker.publisher.endpoint, worker.publisher.replay_endpoint, PAGE)
+        return worker
+
+    yield start
+    for worker in started:
+        indexer.ask("POST", "/unregister", {"instance_id": worker.number, "model_name": "model"})
+        worker.stop()
+
+
+def agrees(indexer: Indexer, worker: Worker) -> bool:
+    """Every block of every tier, with the block before it; and what a query for each prompt finds."""
+    if indexer.held(worker.number) != worker.truth():
+        return False
+    return all(indexer.query(one.tokens, worker.number)[2] == worker.reach(one) for one in worker.prompts[-6:])
+
+
+def prompts(seed: int, count: int = 40) -> list[Prompt]:
+    """Prompts that share beginnings, as conversations do."""
+    draw = random.Random(seed)
+    made: list[list[int]] = []
+    for _ in range(count):
+        start = draw.choice(made)[: draw.randrange(1, 8) * PAGE] if made and draw.random() < 0.6 else []
+        made.append([*start, *(draw.randrange(32000) for _ in range(draw.randrange(4, 24) * PAGE))])
+    return [prompt(tokens) for tokens in made]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_workload(indexer: Indexer, run: Run, disk: dict[str, Any], external: dict[str, Any], seed: int) -> None:
+    """Stores, evictions by want of room, removals, flushes, a tier that fails and comes back."""
+    worker = run(disk, {**external, "prefix": f"seed{seed}"})
+    draw, store = random.Random(seed), worker.store
+    every = iter(prompts(seed))
+    while not store.stats()[store.tiers[0].name].get("evicted"):
+        worker.save(next(every))
+    done: list[str] = []
+    for _ in range(20):
+        what = draw.choice(["store"] * 5 + ["remove", "flush", "fail", "recover"])
+        done.append(what)
+        tier = draw.choice(store.tiers)
+        if what == "store":
+            worker.save(next(every))
+        elif what == "remove" and worker.prompts:
+            one = draw.choice(worker.prompts)
+            worker.forget(one, slice(draw.randrange(len(one.keys)), None))
+        elif what == "flush":
+            worker.publisher.resync()
+        elif what == "fail":
+            for _ in range(3):
+                tier.account("read", bytes([Outcome.FAILED]))
+        elif what == "recover":
+            tier.account("read", bytes([Outcome.HIT]))
+        assert wait(lambda: agrees(indexer, worker)), (done, indexer.held(worker.number), worker.truth())
+
+
+def test_a_restart_is_followed(indexer: Indexer, run: Run, disk: dict[str, Any]) -> None:
+    """Another publisher on the same addresses: nobody registers the worker again."""
+    worker = run(disk)
+    every = prompts(7)
+    for one in every[:4]:
+        worker.save(one)
+    assert wait(lambda: agrees(indexer, worker))
+    before = indexer.held(worker.number)
+    worker.stop()
+    worker.start()
+    worker.forget(every[0], slice(2, None))
+    assert wait(lambda: agrees(indexer, worker))
+    assert set(before["disk"]) > set(indexer.held(worker.number)["disk"])
+    worker.save(every[5])
+    assert wait(lambda: agrees(indexer, worker))
+
+
+def test_shared_storage_is_announced_by_each_worker(
+    indexer: Indexer, run: Run, tmp_path: Path, disk: dict[str, Any], external: dict[str, Any]
+) -> None:
+    """By each worker that can load the page, and withdrawn by each, once it knows."""
+    shared = {**external, "prefix": "shared"}
+    first, second = run(disk, shared), run(shared, folder=tmp_path / "second")
+    one = prompts(11)[0]
+    first.save(one)
+    assert wait(lambda: agrees(indexer, first))
+    second.store.lookup(key_batch(SPACE, list(one.keys)))  # as for a prefetch
+    assert wait(lambda: second.announcer.stats()["unknown"] == len(one.keys))
+    second.save(one)
+    assert wait(lambda: agrees(indexer, second))
+    assert indexer.held(first.number)["external"] == indexer.held(second.number)["external"]
+    first.forget(one, slice(2, None))
+    assert wait(lambda: agrees(indexer, first))
+    assert not agrees(indexer, second)  # nobody told it
+    second.store.lookup(key_batch(SPACE, list(one.keys)))
+    assert wait(lambda: agrees(indexer, second))
+
+
+def _once(change: Callable[[Any], Any], kind: type) -> Callable[[list[Any]], list[Any]]:
+    """Changes one event of this kind, and none after it."""
+    left = [True]
+
+    def meddle(events: list[Any]) -> list[Any]:
+        out = []
+        for event in events:
+            if left and isinstance(event, kind):
+                left.clear()
+                event = change(event)
+            if event is not None:
+                out.append(event)
+        return out
+
+    return meddle
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (BlockStored, lambda event: replace(event, medium="EXTERNAL")),
+        (BlockStored, lambda event: replace(event, medium="disk")),
+        (BlockStored, lambda event: replace(event, block_hashes=[event.block_hashes[0] ^ 1, *event.block_hashes[1:]])),
+        (BlockStored, lambda event: replace(event, parent_block_hash=12345)),
+        (BlockStored, lambda event: replace(event, block_size=event.block_size * 2)),
+        (BlockStored, lambda event: replace(event, token_ids=[9, *event.token_ids[1:]])),
+        (BlockStored, lambda event: None),
+        (BlockRemoved, lambda event: None),
+        (BlockRemoved, lambda event: replace(event, medium=None)),
+    ],
+    ids=["medium", "unknown medium", "hash", "parent", "block size", "tokens", "lost store", "lost removal",
+         "removal without medium"],
+)  # fmt: skip
+def test_one_wrong_event_is_seen(indexer: Indexer, run: Run, disk: dict[str, Any], kind: type, change: Any) -> None:
+    """What these tests compare would not be there by chance."""
+    one = prompts(3)[2]
+    worker = run(disk, meddle=_once(change, kind))
+    worker.save(one)
+    if kind is BlockRemoved:
+        assert wait(lambda: agrees(indexer, worker))  # else both cancel out unsaid
+        worker.forget(one, slice(2, None))
+    assert not wait(lambda: agrees(indexer, worker), 1.0)
+    worker.publisher.resync()
+    assert wait(lambda: agrees(indexer, worker)), "a resync makes it good"
+
+
+def test_delay(indexer: Indexer, run: Run, disk: dict[str, Any], record_property: Any) -> None:
+    """From a durable page to the indexer's answer. No limit is set here: the bench says how long."""
+    worker = run(disk)
+    delays = []
+    for one in prompts(5, 20):
+        worker.save(one)
+        since = time.monotonic()
+        assert wait(lambda one=one: indexer.query(one.tokens, worker.number)[2] == len(one.tokens))
+        delays.append(time.monotonic() - since)
+    record_property("p50_ms", statistics.median(delays) * 1e3)
