@@ -320,6 +320,11 @@ class Backend(ABC):
     def check(cls, options: BackendOptions) -> None:
         """Raise OptionError for options that parse but cannot work on this machine. Changes nothing."""
 
+    @classmethod
+    def shares_memory(cls, options: BackendOptions) -> bool:
+        """Whether a host pool that other processes can map spares this backend a copy of every page."""
+        return False
+
     @abstractmethod
     def lookup(self, batch: KeyBatch) -> np.ndarray:
         """uint8[n]: 1 where the page is resident. May ask a server; never called on a scheduler thread."""

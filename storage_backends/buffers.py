@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 
@@ -23,24 +25,24 @@ class OwnedMemory:
 
     Reserved huge pages (hugetlb) if there are enough, else transparent ones, asked for by madvise. MAP_PRIVATE, since
     shared anonymous memory gets no transparent huge pages. not_in_children: a forked child does not get the memory at
-    all, so that no write after a fork moves a page that a device has pinned.
+    all, so that no write after a fork moves a page that a device has pinned. shared: a file without a name instead,
+    which another process may be given to map as well.
 
     kind: what it turned out to be, for people. map, offset: the mapping and where in it `address` is.
     """
 
-    def __init__(self, size: int, not_in_children: bool = False) -> None:
+    def __init__(self, size: int, not_in_children: bool = False, shared: bool = False) -> None:
         self.size = size
         huge = size >= HUGE_PAGE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        reserved, self.kind = _reserved(size, flags) if huge else (None, "4 KiB pages")
-        self.map = mmap.mmap(-1, size + (HUGE_PAGE if huge else 0), flags) if reserved is None else reserved
+        reserved, self.kind = _reserved(size, shared) if huge else (None, "4 KiB pages")
+        self.map = _mapped(size + (HUGE_PAGE if huge else 0), shared) if reserved is None else reserved
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         self.address = -(-base // HUGE_PAGE) * HUGE_PAGE if huge else base
         self.offset = self.address - base
         if self.kind != "hugetlb" and huge:
             try:
                 self.map.madvise(mmap.MADV_HUGEPAGE)
-                self.kind = "transparent huge pages"
+                self.kind = "transparent huge pages" if not shared or _huge_files() else "4 KiB pages"
             except OSError:
                 self.kind = "4 KiB pages"  # a kernel without them: it works, slower
         if not_in_children:
@@ -63,12 +65,34 @@ class OwnedMemory:
             pass
 
 
-def _reserved(size: int, flags: int) -> tuple[mmap.mmap | None, str]:
-    """From the machine's reserved huge pages; none when it has too few (the kernel reserves at mmap: no surprise)."""
+def _mapped(size: int, shared: bool, private: int = 0, file: int = 0) -> mmap.mmap:
+    """private, file: further flags, of mmap and of memfd_create."""
+    if not shared:
+        return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | private)
+    fd = os.memfd_create("hicache", os.MFD_CLOEXEC | file)
     try:
-        return mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE, flags | _MAP_HUGETLB | _MAP_HUGE_2MB), "hugetlb"
+        os.ftruncate(fd, size)
+        return mmap.mmap(fd, size, mmap.MAP_SHARED)  # keeps a descriptor of its own
+    finally:
+        os.close(fd)
+
+
+def _reserved(size: int, shared: bool) -> tuple[mmap.mmap | None, str]:
+    """From the machine's reserved huge pages; none when it has too few (the kernel reserves at mmap: no surprise)."""
+    whole = -(-size // HUGE_PAGE) * HUGE_PAGE
+    try:
+        return _mapped(whole, shared, _MAP_HUGETLB | _MAP_HUGE_2MB, os.MFD_HUGETLB | os.MFD_HUGE_2MB), "hugetlb"
     except OSError:
         return None, ""
+
+
+def _huge_files() -> bool:
+    """Whether the kernel gives huge pages to shared memory that asks for them."""
+    try:
+        chosen = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
+    except OSError:
+        return False
+    return "[never]" not in chosen and "[deny]" not in chosen
 
 
 class BufferPool:

@@ -169,8 +169,11 @@ class Network:
         self.unplug(host)
         host.kill()
 
+    def close(self) -> None:
+        self._stack.close()
+
     def __enter__(self) -> Network:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._stack.close()
+        self.close()

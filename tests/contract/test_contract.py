@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,8 @@ from storage_backends.base import Backend, Completion, Dispatcher, Notes, Option
 from storage_backends.local import LocalBackend
 from storage_backends.memory import MemoryBackend
 from tests.devices import blank_device
+from tests.mooncake_server import MooncakeServer, mooncake_server
+from tests.netns import Network
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.proxy import Proxy
 from tests.redis_server import RedisServer
@@ -78,6 +81,18 @@ def _s3(_: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 0) ->
     return S3Backend(S3Backend.Options.model_validate({**where, "timeout": 60}), dispatcher)
 
 
+def _mooncake(_: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 0) -> Backend:
+    from storage_backends.mooncake import MooncakeBackend
+
+    if capacity:
+        server = MooncakeServer(stack.enter_context(Network(1)).hosts[0], max(16 << 20, capacity))
+    else:
+        server = mooncake_server()
+    stack.enter_context(server.host.inside())
+    options = server.options(prefix=f"test-{uuid.uuid4().hex[:12]}")
+    return MooncakeBackend(MooncakeBackend.Options.model_validate(options), dispatcher)
+
+
 BACKENDS = {
     "memory": _memory,
     "local-threads": _local("threads"),
@@ -90,6 +105,7 @@ BACKENDS = {
     "redis-in-pieces": _redis(lambda port: Proxy(port, piece=1500)),
     "redis-sealed": _redis(seal_key_env="HICACHE_EXT_TEST_KEY"),
     "s3": _s3,
+    "mooncake": _mooncake,
 }
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from storage_backends.buffers import HUGE_PAGE, BufferPool, OwnedMemory
+from storage_backends.mooncake.memory import shared_regions
 
 
 def smaps(address: int) -> dict[str, int]:
@@ -68,3 +71,21 @@ def test_a_pool_lends_each_buffer_once() -> None:
     assert taken[0] is not None
     pool.give(taken[0])
     assert pool.take(0.01) == taken[0]
+
+
+def test_shared_memory_is_seen_by_another_process() -> None:
+    memory = OwnedMemory(4 << 20, shared=True)
+    assert memory.address % HUGE_PAGE == 0
+    (region,) = shared_regions(memory.address, memory.size)
+    assert region.address <= memory.address
+    assert region.address + region.length >= memory.address + memory.size
+    program = (
+        "import mmap, sys; fd, length, offset, at = map(int, sys.argv[1:]);"
+        "m = mmap.mmap(fd, length, mmap.MAP_SHARED, offset=offset); assert m[at] == 7; m[at] = 8"
+    )
+    memory.view[5] = 7
+    words = [region.fd, region.length, region.offset, memory.address + 5 - region.address]
+    subprocess.run([sys.executable, "-c", program, *map(str, words)], pass_fds=[region.fd], check=True)
+    assert memory.view[5] == 8
+    os.close(region.fd)
+    assert shared_regions(OwnedMemory(4 << 20).address, 4 << 20) == [], "private memory is nobody else's"

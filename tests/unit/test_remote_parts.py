@@ -120,12 +120,20 @@ def test_a_sealing_key_that_is_none_is_a_clear_line(monkeypatch: pytest.MonkeyPa
         ("s3", {"bucket": "b", "access_key_env": "IT"}, r"access_key_env = .*give both"),
         ("s3", {"bucket": "b", "multipart_size": "1MiB"}, r"multipart_size = .*5 MiB"),
         ("s3", {"bucket": "b", "seal_key_file": "/nowhere"}, r"seal_key_file = .*cannot be read"),
+        ("mooncake", {"master": "http://host:1"}, r"master = .*host:port"),
+        ("mooncake", {"master": "host"}, r"master = .*host:port"),
+        ("mooncake", {"metadata": "host:8080"}, r"metadata = .*P2PHANDSHAKE"),
+        ("mooncake", {"devices": "mlx5_0"}, r"devices = .*protocol: rdma"),
+        ("mooncake", {"protocol": "udp"}, r"protocol = 'udp'"),
+        ("mooncake", {"segment": "1MiB"}, r"segment = .*16MiB"),
+        ("mooncake", {"buffer": "1MiB", "connections": 4}, r"buffer = .*4MiB or more"),
+        ("mooncake", {"log": "/nowhere/at/all"}, r"log = .*does not exist"),
     ],
 )
 def test_options_that_cannot_work_name_key_and_fix(
     monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, object], says: str
 ) -> None:
-    pytest.importorskip({"redis": "redis", "s3": "obstore"}[kind])
+    pytest.importorskip({"redis": "redis", "s3": "obstore", "mooncake": "mooncake"}[kind])
     monkeypatch.setenv("IT", "hunter2")
     with pytest.raises(ConfigError, match=rf"tiers\[0\]\.{says}") as caught:
         Config.load({"tiers": [{"type": f"storage_backends.{kind}:{kind.capitalize()}Backend", **options}]})
