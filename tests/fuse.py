@@ -22,6 +22,7 @@ import heapq
 import os
 import random
 import select
+import signal
 import stat
 import struct
 import subprocess
@@ -86,9 +87,9 @@ def fuse_disk(directory: Path, synchronous: bool = False) -> Iterator[Disk]:
     """
     mountpoint = directory / "disk"
     mountpoint.mkdir()
-    disk = Disk(mountpoint, directory / "faults.json", directory / "record")
+    plan, record = directory / "faults.json", directory / "record"
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.fuse", str(mountpoint), str(disk.plan), str(disk.record),
+        [sys.executable, "-m", "tests.fuse", str(mountpoint), str(plan), str(record),
          *["synchronous"] * synchronous],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
@@ -97,19 +98,28 @@ def fuse_disk(directory: Path, synchronous: bool = False) -> Iterator[Disk]:
     try:
         if (said := server.stdout.readline()) != "mounted\n":
             pytest.skip(f"no FUSE here: {said.strip()}")
-        yield disk
+        yield Disk(mountpoint, plan, record, server)
     finally:
+        server.send_signal(signal.SIGCONT)
         server.stdin.close()
         server.wait()
         server.stdout.close()
 
 
 class Disk(NamedTuple):
-    """path: the mounted directory. plan: the fault plan's file. record: what was written."""
+    """path: the mounted directory. plan: the fault plan's file. record: what was written. server: its process."""
 
     path: Path
     plan: Path
     record: Path
+    server: subprocess.Popen[str]
+
+    def hang(self) -> None:
+        """Nothing is answered any more, whatever is asked, until `go_on`."""
+        self.server.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.server.send_signal(signal.SIGCONT)
 
 
 class _Node:

@@ -90,9 +90,9 @@ class LocalBackend(Backend):
     def lookup(self, batch: KeyBatch) -> np.ndarray:
         if self._elsewhere:
             return np.zeros(len(batch), np.uint8)
+        self._disks.refresh()
         with self._lock:
             self._tier.expiry.meet(batch.namespace)
-            self._disks.refresh()
             return self._index.lookup(batch.namespace.digest, batch.keys, batch.parents, True)
 
     def lookup_local(self, batch: KeyBatch) -> np.ndarray:
@@ -126,6 +126,7 @@ class LocalBackend(Backend):
                     tier.erase(extent, known.slot)
                 tier.drop(known, "removed")
                 removed += 1
+        tier.writers.flush()
         return removed
 
     def going(self, most: int) -> list[tuple[bytes, bytes]]:
@@ -150,6 +151,7 @@ class LocalBackend(Backend):
         with self._tier.writers.claiming, self._lock:
             for disk in self._disks.in_use:
                 disk.directory.clear({namespace.digest for namespace in namespaces})
+        self._tier.writers.flush()
 
     def register_memory(self, address: int, length: int) -> None:
         if not self._elsewhere:

@@ -79,8 +79,8 @@ class Claim:
         oldest when room is short.
         """
         directory = self._directory
+        directory.refresh()
         with self._lock:
-            directory.refresh()
             folders = dict(directory.folders)
         idle = [(folder.namespaces().get(self._namespace, 0), number) for number, folder in folders.items()]
         for count, number in sorted(idle, key=lambda pair: (-pair[0], pair[1])):
@@ -98,7 +98,8 @@ class Claim:
             if number in directory.folders:  # somebody else was faster
                 return None
             # Known from the beginning, so that nobody takes it for another's.
-            folder = Folder(directory.path / f"w{number - directory.base}", directory.files, directory.base)
+            path = directory.path / f"w{number - directory.base}"
+            folder = Folder(path, directory.files, directory.base, self._lock)
             directory.folders[number] = folder
         writer = None
         try:

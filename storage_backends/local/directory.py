@@ -96,8 +96,8 @@ class Directory:
         self._unknown: set[int] = set()
         self._inode = _prepare(path)
         remove_old_probes(path)
-        with lock:
-            self.refresh(seconds)
+        self._lock = lock
+        self.refresh(seconds)
         for folder in self.folders.values():
             folder.namespaces()  # an extent of an unknown version refuses now, not at the first write
         self._open = True
@@ -110,7 +110,8 @@ class Directory:
             return True
 
     def refresh(self, seconds: float | None = POLL_SECONDS) -> bool:
-        """Notice new folders, and what other writers stored and removed; whether there was anything of that.
+        """Notice new folders, and what other writers stored and removed; whether there was anything of that. Takes the
+        lock itself, and not while it looks at files.
 
         seconds: for each folder, roughly, so that a log that must be read anew holds up nobody; `behind` says whether
         there is more. None: no limit.
@@ -118,16 +119,23 @@ class Directory:
         with contextlib.suppress(OSError):
             mtime = os.stat(self.path).st_mtime_ns
             if mtime != self._seen_mtime:
-                self._seen_mtime = mtime
-                for name in sorted(os.listdir(self.path)):
-                    k = folder_number(name)
-                    if k is None or self.base + k in self.folders or not (self.path / name).is_dir():
-                        continue
-                    if k >= FOLDERS:
-                        logger.warning("%s: no writer has a number that large; not looked at", self.path / name)
-                    elif self.writer is None or self.writer.number != self.base + k:
-                        self.folders[self.base + k] = Folder(self.path / name, self.files, self.base)
-        return sum(self._poll(folder, seconds) for folder in self.folders.values()) > 0
+                names = sorted(name for name in os.listdir(self.path) if (self.path / name).is_dir())
+                with self._lock:
+                    self._seen_mtime = mtime
+                    self._meet(names)
+        with self._lock:
+            folders = list(self.folders.values())
+        return sum(self._poll(folder, seconds) for folder in folders) > 0
+
+    def _meet(self, names: list[str]) -> None:
+        for name in names:
+            k = folder_number(name)
+            if k is None or self.base + k in self.folders:
+                continue
+            if k >= FOLDERS:
+                logger.warning("%s: no writer has a number that large; not looked at", self.path / name)
+            elif self.writer is None or self.writer.number != self.base + k:
+                self.folders[self.base + k] = Folder(self.path / name, self.files, self.base, self._lock)
 
     @property
     def behind(self) -> bool:

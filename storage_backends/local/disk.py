@@ -183,10 +183,10 @@ class Disk:
     def _catch_up(self) -> None:
         """Read the other writers' logs to their ends, in turns with whoever wants the lock."""
         while not self.gone:
+            if self.stopping.is_set() or self.out:
+                return
+            self.directory.refresh()
             with self._lock:
-                if self.stopping.is_set() or self.out:
-                    return
-                self.directory.refresh()
                 if not self.directory.behind:
                     return
             time.sleep(YIELD_SECONDS)

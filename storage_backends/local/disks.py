@@ -33,6 +33,8 @@ from storage_backends.local.index import Page
 logger = logging.getLogger(__name__)
 
 _TURN_SECONDS = 0.2
+#: How long news of another writer on one of several disks may take (`Disks.refresh`).
+_SEVERAL_SECONDS = 0.05
 #: A disk that has ended no transfer for so long, though some are on their way, or whose directory cannot be looked at.
 SILENT_SECONDS = 10.0
 _FIRST_PROBE_SECONDS = 1.0
@@ -127,8 +129,14 @@ class Disks:
         return None if disk is None or disk.out else disk
 
     def refresh(self) -> bool:
-        """Whether any disk had news of other writers."""
-        return sum(disk.directory.refresh() for disk in self.in_use if not disk.out) > 0
+        """Look for news of other writers; whether there was any. Call without the lock.
+
+        Of several disks none is asked here: each has a thread of its own that does so all the time, since one that
+        hangs must not keep whoever wants the others' pages.
+        """
+        if self._around.several:
+            return False
+        return any(disk.directory.refresh() for disk in self.in_use if not disk.out)
 
     def register_memory(self, address: int, length: int) -> None:
         with self._lock:
@@ -167,7 +175,7 @@ class Disks:
     def _keep(self, bay: Bay) -> None:
         """A bay's own thread: only this one waits for a disk that does not answer."""
         said = False
-        while not self._closing.wait(_TURN_SECONDS):
+        while not self._closing.wait(_SEVERAL_SECONDS if self._around.several else _TURN_SECONDS):
             try:
                 disk = bay.disk
                 if disk is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ LOCK = "lock"
 #: What reading a log may take at a time under the lock, and for how long it is then left to others: it is not fair by
 #: itself.
 POLL_SECONDS, YIELD_SECONDS = 0.002, 0.0005
+_PATIENCE_SECONDS = 0.25
 #: Records that are taken in between two looks at the clock: about a millisecond's worth.
 _PIECE_RECORDS = 1024
 
@@ -33,10 +35,10 @@ def folder_number(name: str) -> int | None:
 
 
 class Folder:
-    """One `w<k>`, read only. Not thread-safe: the backend's lock is around it."""
+    """One `w<k>`, read only. Not thread-safe, but for `poll`: the backend's lock is around it."""
 
-    def __init__(self, path: Path, files: ExtentFiles, base: int = 0) -> None:
-        """base: of the disk's folder numbers in the index."""
+    def __init__(self, path: Path, files: ExtentFiles, base: int = 0, lock: threading.RLock | None = None) -> None:
+        """base: of the disk's folder numbers in the index. lock: the tier's, around the index."""
         self.path = path
         self.number = base + int(path.name[1:])
         self.files = files
@@ -45,6 +47,8 @@ class Folder:
         self.ours = False  # this process appends to the log: nothing in it is news
         self.behind = False  # more of the log is there than was taken in
         self.damaged = 0  # records of the log that did not pass their checksums
+        self._lock = lock or threading.RLock()
+        self._reading = threading.Lock()
         self._log = LogReader(path / NAME)
         self._forgetting = False
 
@@ -56,10 +60,19 @@ class Folder:
         """Bring the index up to date with this folder's log; whether there was anything new in it.
 
         seconds: stop after a piece when so much time went by, `behind`, to be called again; None: go to the end.
-        final: nobody writes to the log now, and what its last record lacks will not come.
+        final: nobody writes to the log now, and what its last record lacks will not come; waits for whoever reads it.
+
+        The log is read without the tier's lock, unless the caller holds it. Another thread that reads it is waited for,
+        and not for long: it may be that the disk does not answer.
         """
-        if self.ours:
+        if not self._reading.acquire(timeout=-1 if final else _PATIENCE_SECONDS):
             return False
+        try:
+            return not self.ours and self._poll(index, seconds, final)
+        finally:
+            self._reading.release()
+
+    def _poll(self, index: AnyIndex, seconds: float | None, final: bool) -> bool:
         until = None if seconds is None else time.monotonic() + seconds
         changed, self.behind = False, True
         for block in self._log.blocks(BLOCK_RECORDS if seconds is None else _PIECE_RECORDS):
@@ -78,7 +91,8 @@ class Folder:
             if until is not None and time.monotonic() >= until and not block.at_end:
                 return True
         changed |= self._log.restarted or self._forgetting
-        self.behind = not self._forget(index, until)  # replaced by a log without records
+        with self._lock:
+            self.behind = not self._forget(index, until)  # replaced by a log without records
         return changed
 
     def _forget(self, index: AnyIndex, until: float | None) -> bool:

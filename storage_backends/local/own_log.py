@@ -5,12 +5,15 @@ on. Does not belong here: what a log looks like (residency.py), or the thread th
 
 A compaction goes through these steps; whatever ends it, one sound log lies under the log's name:
 
-    1  under the lock     the pages at this moment, and `since`: where the log ends at this moment
-    2  beside it          a new file: a record per page, a piece at a time under the lock; then all from `since` on
-    3  beside it          fsync, so that a power cut after the rename finds the new log whole
-    4  under the lock     the last few records; from here on every record goes to both files, to the new one first
-    5  beside it          rename
-    6  under the lock     the old file is let go
+    1  no flush meanwhile   the pages at this moment, and `since`: where the log ends at this moment
+    2                       a new file: a record per page, a piece at a time; then all from `since` on
+    3                       fsync, so that a power cut after the rename finds the new log whole
+    4  no flush meanwhile   the last few records; from here on every record goes to both files, to the new one first
+    5                       rename
+    6  no flush meanwhile   the old file is let go
+
+Records that wait to be flushed at step 1 are summed up and come once more: whoever reads them in order ends with the
+same pages.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from storage_backends.local.index_choice import AnyIndex
-from storage_backends.local.residency import NAME, RECORD_BYTES, Head, LogWriter, Record
+from storage_backends.local.residency import NAME, RECORD_BYTES, Head, LogWriter, Record, encode
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +41,12 @@ _PIECE = 2048
 _REST = 64 << 10
 _COPY = 1 << 20
 _RETRY_SECONDS = 60.0
+_CLOSE_SECONDS = 0.5
 
 
 class OwnLog:
-    """Not thread-safe, but for `compact`: the backend's lock is around every other method.
+    """Records wait in memory until `flush`, so that nobody waits for the disk while the tier's lock is held. That lock
+    is around `append`, which gives records their order; it is around nothing else here.
 
     errors: appends that failed. compactions: that came to their end.
     """
@@ -61,6 +67,8 @@ class OwnLog:
             self.path.unlink()
             self._log = LogWriter(self.path)
         self._mirror: LogWriter | None = None
+        self._waiting: deque[bytes] = deque()
+        self._io = threading.Lock()  # around the files; whoever holds it may take the tier's lock, and not vice versa
         self._lacking = self._unlike = self._closed = False
         self._rest_until = 0.0
         self.errors = self.compactions = 0
@@ -80,13 +88,27 @@ class OwnLog:
         self._unlike |= not readers_too
 
     def append(self, records: list[Record] | bytes) -> None:
-        """A failure is counted, and said once: the index is right all the same, and the next start scans headers."""
+        if records:
+            self._waiting.append(records if isinstance(records, bytes) else encode(records))
+
+    def flush(self) -> None:
+        """Write what waits. Without the tier's lock; while another thread does it, that one does it all.
+
+        A failure is counted, and said once: the index is right all the same, and the next start scans headers.
+        """
+        while self._waiting and self._io.acquire(blocking=False):
+            try:
+                self._write_waiting()
+            finally:
+                self._io.release()
+
+    def _write_waiting(self) -> None:
+        records = b"".join([self._waiting.popleft() for _ in range(len(self._waiting))])
         try:
-            if records:
-                # The new one first: what a reader has seen in the old one, it must find in the new one.
-                if self._mirror is not None:
-                    self._mirror.append(records)
-                self._log.append(records)
+            # The new one first: what a reader has seen in the old one, it must find in the new one.
+            if self._mirror is not None:
+                self._mirror.append(records)
+            self._log.append(records)
         except OSError as error:
             self.errors += 1
             self.lacks(readers_too=False)
@@ -99,11 +121,11 @@ class OwnLog:
         return too_long and time.monotonic() >= self._rest_until
 
     def compact(self, index: AnyIndex, folder: int, lock: threading.RLock) -> Generator[None, None, None]:
-        """Write the log anew, a step at each turn. Call without the lock. To be run to its end, or closed.
+        """Write the log anew, a step at each turn. lock: the tier's; call without it. To be run to its end, or closed.
 
         One at a time. A failure leaves the old log, is said, and is tried again a minute later at the earliest.
         """
-        with lock:
+        with self._io, lock:
             self._rest_until = time.monotonic() + _RETRY_SECONDS
             errors, before, since = self.errors, self._log.head, self._log.position
             old = os.dup(self._log.fd)
@@ -123,7 +145,7 @@ class OwnLog:
                 fresh.write_head(Head(os.urandom(16), before.id, since, fresh.position))
             copied, synced = since, False
             while True:
-                with lock:
+                with self._io:
                     end = self._log.position
                     if self._closed or self.errors != errors:
                         return
@@ -146,7 +168,7 @@ class OwnLog:
             logger.warning("%s: cannot be compacted now: %s", self.path, error)
         finally:
             os.close(old)
-            with lock:
+            with self._io:
                 self._mirror = None
                 if replaced and fresh is not None and not self._closed:
                     self._log.close()
@@ -162,8 +184,14 @@ class OwnLog:
                     self._fresh_path.unlink()
 
     def close(self) -> None:
+        """Write what waits, unless the disk does not answer."""
         self._closed = True
-        self._log.close()
+        if self._io.acquire(timeout=_CLOSE_SECONDS):
+            try:
+                self._write_waiting()
+                self._log.close()
+            finally:
+                self._io.release()
 
 
 def _copy(old: int, start: int, end: int, fresh: LogWriter) -> int:

@@ -53,13 +53,17 @@ class Reads:
         completion, cancelled = tier.completion(len(batch))
         with tier.lock:
             tier.expiry.meet(batch.namespace)
-            held = self._pin(batch)
-            held, extents = self._open(held)
-            for extent, pins in Counter(extents).items():
-                extent.pins += pins
-            flights = self._parted(completion, held, extents)
-            for flight in flights:
-                flight.disk.begun(len(flight.extents))
+            held = tier.index.pin(batch.namespace.digest, batch.keys, batch.parents, batch.used)
+            known = len(held.pages) == len(batch) or tier.several
+            if known:
+                held, flights = self._prepare(completion, held)
+            else:
+                tier.index.unpin(held.handles)
+        if not known:  # what other writers stored is looked for only when something is missing
+            tier.disks.refresh()
+            with tier.lock:
+                held = tier.index.pin(batch.namespace.digest, batch.keys, batch.parents, batch.used)
+                held, flights = self._prepare(completion, held)
         if len(held.pages) < len(batch):
             missing = list(set(range(len(batch))).difference(held.pages))
             completion.settle_many(missing, [Outcome.MISS] * len(missing))
@@ -87,14 +91,15 @@ class Reads:
             self._unpin(flight, places, {})
         flight.completion.settle_many(flight.held.pages, [Outcome.MISS] * len(places))
 
-    def _pin(self, batch: PageBatch) -> Pinned:
-        """Hold what is resident; what other writers stored is looked for only when something is missing."""
-        tier, digest = self._tier, batch.namespace.digest
-        held = tier.index.pin(digest, batch.keys, batch.parents, batch.used)
-        if len(held.pages) == len(batch) or not tier.disks.refresh():
-            return held
-        tier.index.unpin(held.handles)
-        return tier.index.pin(digest, batch.keys, batch.parents, batch.used)
+    def _prepare(self, completion: Completion, held: Pinned) -> tuple[Pinned, list[_Flight]]:
+        """The pages whose extents are there, by disk."""
+        held, extents = self._open(held)
+        for extent, pins in Counter(extents).items():
+            extent.pins += pins
+        flights = self._parted(completion, held, extents)
+        for flight in flights:
+            flight.disk.begun(len(flight.extents))
+        return held, flights
 
     def _parted(self, completion: Completion, held: Pinned, extents: list[Extent]) -> list[_Flight]:
         """By disk."""

@@ -77,6 +77,7 @@ class Supply:
                     self.claiming.run()
                 if directory.writer is None or directory.gone():
                     continue
+                directory.writer.log.flush()
                 if time.monotonic() - last_share > SHARE_SECONDS:
                     last_share = time.monotonic()
                     self._share()

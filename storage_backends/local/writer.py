@@ -104,9 +104,8 @@ class Writer:
         try:
             behind = True
             while behind:
-                with lock:
-                    folder.poll(self._index, POLL_SECONDS, final=True)
-                    behind = folder.behind
+                folder.poll(self._index, POLL_SECONDS, final=True)
+                behind = folder.behind
                 time.sleep(YIELD_SECONDS)
         except OSError as error:
             logger.warning("%s: its residency log cannot be read: %s; begun anew", self.path, error)

@@ -225,6 +225,11 @@ class Writers:
         for writer in list(self._peers.values())[:1]:
             writer.forgotten(pages, records, reason)
 
+    def flush(self) -> None:
+        """What was said of pages until now is in the logs. Call without the lock."""
+        for writer in list(self._peers.values()):
+            writer.log.flush()
+
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _members(self) -> list[tuple[Disk, Writer]]:

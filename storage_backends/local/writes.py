@@ -62,9 +62,9 @@ class Writes:
         digest = batch.namespace.digest
         shape = SlotShape.of_namespace(batch.namespace)
         tier.writers.claim(digest, tier.lock)
+        tier.disks.refresh()  # what another writer has is not written twice
         with tier.lock:
             tier.expiry.meet(batch.namespace)
-            tier.disks.refresh()  # what another writer has is not written twice
             # Links parents, touches the chain.
             found = tier.index.lookup(digest, batch.keys, batch.parents, False).tolist()
             wanted = [page for page, there in enumerate(found) if not there]
@@ -163,6 +163,7 @@ class Writes:
             if notes is not None:
                 notes = notes.only(flight.pages(stored))
             tier.report(Residency.STORED, group.namespace, keys, notes)
+        writer.log.flush()
         flight.completion.settle_many(flight.pages(places), outcomes)
 
     def _publish(self, flight: _Flight, writer: Writer, places: list[int]) -> bytes:

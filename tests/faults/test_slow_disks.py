@@ -13,8 +13,10 @@ import pytest
 
 from storage_backends.base import Outcome
 from storage_backends.local import LocalBackend, disk, disks, recovery, writers
+from storage_backends.local.directory import FOLDERS
 from storage_backends.local.extents import ExtentFiles
 from tests import pages
+from tests.fuse import fuse_disk
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.tiers import Open, tiers
 
@@ -174,3 +176,41 @@ def test_a_disk_that_comes_back_slowly_holds_up_nobody(
     gate.opened.set()
     until(lambda: backend.stats()["disks_out"] == 0)
     until(lambda: served(backend, keys) == [Outcome.HIT] * 80)
+
+
+def test_a_disk_that_hangs_altogether_keeps_nobody_from_the_other(
+    tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a stat nor an append to a log comes back. Lookups, reads of the other disk and calls of `write` do."""
+    monkeypatch.setattr(disks, "SILENT_SECONDS", 60.0)
+    with fuse_disk(tmp_path) as hung:
+        backend = tier(hung.path, tmp_path / "other")
+        keys = [key for turn in range(12) for key in chain(f"c{turn}", 20)]
+        for turn in range(12):
+            store(backend, chain(f"c{turn}", 20))
+        with backend._lock:
+            places = [backend._index.get(SPACE.digest, key) for key in keys]
+        ours = [key for key, page in zip(keys, places, strict=True) if page and page.folder // FOLDERS == 1]
+        assert len(ours) > 50
+        until(lambda: not any(disk.directory.short for disk in backend._disks.in_use))
+        hung.hang()
+        pending, rounds = [], 0
+        pool = HostPool(SPACE, 20)
+
+        def use() -> None:
+            nonlocal rounds
+            for turn in range(20):
+                found(backend, keys)
+                served(backend, ours[:20])
+                pending.append(backend.write(pool.write_batch(chain(f"n{turn}", 2))))
+                backend.stats()
+                rounds += 1
+
+        user = threading.Thread(target=use, daemon=True)
+        user.start()
+        user.join(15)
+        hung.go_on()
+        assert rounds == 20
+        for done in pending:
+            done.result(20)
+        backend.close()

@@ -63,6 +63,12 @@ class Owner:
         self.generation = max((index.newest_generation(0, extent) for extent in index.extents(0)), default=0)
         self.lock = threading.RLock()
         self.compaction: Generator[None, None, None] | None = None
+        self.lazy = False
+
+    def say(self, records: list[Record] | bytes) -> None:
+        self.log.append(records)
+        if not self.lazy:
+            self.log.flush()
 
     def store(self, name: int, extent: int, slot: int) -> None:
         there = self.index.at(0, extent, slot)
@@ -70,16 +76,16 @@ class Owner:
             self.forget(there)
         self.generation += 1
         _, records = self.index.publish(SPACE, key(name), NO_PARENT, 0, [extent], [slot], [self.generation], 7)
-        self.log.append(records)
+        self.say(records)
 
     def forget(self, page: Page) -> None:
         self.index.remove(page)
-        self.log.append([Record(Kind.REMOVED, page.extent, page.slot, page.generation, 7, SPACE, page.key)])
+        self.say([Record(Kind.REMOVED, page.extent, page.slot, page.generation, 7, SPACE, page.key)])
 
     def drop_extent(self, extent: int) -> None:
         for page in self.index.in_extent(0, extent):
             self.index.remove(page)
-        self.log.append([Record(Kind.EXTENT_GONE, extent, time_ns=7)])
+        self.say([Record(Kind.EXTENT_GONE, extent, time_ns=7)])
 
     def compact(self) -> Generator[None, None, None]:
         return self.log.compact(self.index, 0, self.lock)
@@ -138,6 +144,10 @@ class LogMachine(RuleBasedStateMachine):
     def extent_gone(self, extent: int) -> None:
         self.owner.drop_extent(extent)
 
+    @rule(lazy=st.booleans())
+    def wait_with_records(self, lazy: bool) -> None:
+        self.owner.lazy = lazy
+
     @rule(which=st.integers(0, 1), times=st.integers(1, 4))
     def poll(self, which: int, times: int) -> None:
         for _ in range(times):
@@ -179,6 +189,7 @@ class LogMachine(RuleBasedStateMachine):
     @rule(cut=st.floats(0, 1))
     def crash(self, cut: float) -> None:
         """The process dies as it is; of a new file that it was writing, any part is there."""
+        self.owner.log.flush()
         known = pages_of(self.owner.index)
         self.dead.append((self.owner, self.owner.compaction))  # nothing of it may run any more
         fresh = self.folder / "residency.new"
@@ -192,6 +203,7 @@ class LogMachine(RuleBasedStateMachine):
         try:
             if self.owner.compaction is not None:
                 drain(self.owner.compaction)
+            self.owner.log.flush()
             known = pages_of(self.owner.index)
             for reader in self.readers:
                 assert reader.catch_up() == known
