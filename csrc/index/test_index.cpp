@@ -15,16 +15,9 @@
 #include <tuple>
 
 #include "index/index.hpp"
+#include "test/check.hpp"
 
 using namespace hicache::index;
-
-#define CHECK(condition)                                                                 \
-    do {                                                                                 \
-        if (!(condition)) {                                                              \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);         \
-            std::abort();                                                                \
-        }                                                                                \
-    } while (0)
 
 namespace {
 

@@ -16,16 +16,9 @@
 
 #include "checksum/crc32c.hpp"
 #include "io/engine.hpp"
+#include "test/check.hpp"
 
 using namespace hicache::io;
-
-#define CHECK(condition)                                                                 \
-    do {                                                                                 \
-        if (!(condition)) {                                                              \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);         \
-            std::abort();                                                                \
-        }                                                                                \
-    } while (0)
 
 namespace {
 

@@ -23,6 +23,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hicache_ext.cli.needs import require
+
 if TYPE_CHECKING:
     from hicache_ext.bench.io_rounds import Setup
 
@@ -30,6 +32,8 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 _TICKER_SECONDS, _QUICK_TICKER_SECONDS = 0.5, 0.1
 #: Columns of a log file or pipe, where rich would assume 80.
 _PIPED_WIDTH = 120
+#: What the adapter suite is made of.
+_POOL = ("torch", "sglang", "sglang.srt.mem_cache.pool_host.mha", "sglang.srt.mem_cache.hicache_storage")
 _SUBJECTS = ("ours", "fio", "nixl-posix", "stock-file", "stock-file-warm", "verified_pass")
 
 
@@ -81,15 +85,10 @@ def io_command(
 
     console, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     if suite is Suite.adapter:
-        try:
-            import sglang  # noqa: F401 - the pool and both backends are SGLang's
-        except ImportError as error:
-            console.print(
-                f"bench io --suite adapter drives SGLang's own host pool: {error}. Fix: pip install "
-                "'hicache-ext[sglang]', or --suite engine",
-                markup=False,
-            )
-            raise typer.Exit(2) from error
+        require(
+            console, "bench io --suite adapter drives SGLang's own host pool", _POOL,
+            "pip install 'hicache-ext[sglang]', see `python -m pip check`; or --suite engine",
+        )  # fmt: skip
     # Tiers open once per page size, each time without the plugin, which a benchmark does not need.
     logging.getLogger("hicache_ext").setLevel(logging.ERROR)
     pages = pages or (Pages.huge if quick else Pages.both)

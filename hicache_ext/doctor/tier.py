@@ -92,12 +92,12 @@ def device(place: Place) -> list[Finding]:
         below = disk.judge(f"{place.label}: disk", disk.Mount("", "raw device", ""), *disk.block_device(status.st_rdev))
     else:
         below = disk.probe(f"{place.label}: disk", place.path)
-    inside = replace(place, path=home)
+    inside, held = replace(place, path=home), _held(home)
     return [
         ok(title, f"{place.path}, locks and logs in {home}"),
         below,
         direct_io(place.label, direct),
-        space(place, max(0, room - _held(home)), room, _held(home)),
+        space(place, max(0, room - held), room, held),
         descriptors(place, _extents_in(home), *resource.getrlimit(resource.RLIMIT_NOFILE)),
         *contents(inside),
     ]

@@ -14,7 +14,6 @@ from enum import StrEnum
 
 import numpy as np
 
-from hicache_ext.page import KEY_BYTES
 from hicache_ext.store.health import Health
 from storage_backends.base import Backend, KeyBatch, Outcome
 
@@ -75,8 +74,7 @@ class Recent:
 
     def has(self, namespace: bytes, key: bytes) -> bool:
         with self._lock:
-            found = self._met.get(namespace + key)
-            return found is not None and (self._since is None or time.monotonic() - found[1] <= self._since)
+            return self._is_fresh(namespace + key, time.monotonic())
 
     def flags(self, batch: KeyBatch) -> np.ndarray:
         """bool[n]: which of the batch's pages are remembered. Costs nothing while nothing is."""
@@ -86,9 +84,12 @@ class Recent:
         namespace, now = batch.namespace.digest, time.monotonic()
         with self._lock:
             for page in range(len(batch)):
-                found = self._met.get(namespace + batch.keys[page * KEY_BYTES : (page + 1) * KEY_BYTES])
-                flags[page] = found is not None and (self._since is None or now - found[1] <= self._since)
+                flags[page] = self._is_fresh(namespace + batch.key(page), now)
         return flags
+
+    def _is_fresh(self, name: bytes, now: float) -> bool:
+        found = self._met.get(name)
+        return found is not None and (self._since is None or now - found[1] <= self._since)
 
     def __len__(self) -> int:
         return len(self._met)

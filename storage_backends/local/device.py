@@ -132,21 +132,18 @@ def home_of(path: Path, metadata: Path | None) -> Path:
 def probe(path: Path) -> None:
     """Whether a device that holds a tier answers, with what belongs there. OSError when it does not."""
     memory = OwnedMemory(BLOCK)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if _direct(path) else 0))
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)  # else the page cache might answer
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         got = os.preadv(fd, [memory.view], 0)
     finally:
         os.close(fd)
     if got < BLOCK or bytes(memory.view[:8]) != _SUPERBLOCK:
         raise OSError(errno.EIO, f"{path} does not hold its superblock any more")
-
-
-def _direct(path: Path) -> bool:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return alignment_of(path, fd).works
-    finally:
-        os.close(fd)
 
 
 def usable_bytes(path: Path) -> int:

@@ -232,3 +232,15 @@ def test_ours_and_fio_for_real(tmp_path: Path) -> None:
     assert {row["case"] for row in rows if row["subject"] == "verified_pass"} == {"cold"}
     if io_fio.available():
         assert io_goals.ratio(ours["cold"], rows, "fio")
+
+
+def test_a_broken_sglang_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a torchvision that was built for another torch."""
+    (tmp_path / "broken_by_another.py").write_text("raise RuntimeError('operator does not exist\\nand more')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(bench_io, "_POOL", ("json", "broken_by_another"))
+    done = CliRunner().invoke(bench.app, ["io", "--dir", str(tmp_path)])
+    assert done.exit_code == 2
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    (line,) = done.output.splitlines()
+    assert "broken_by_another does not import: RuntimeError: operator does not exist. Fix: pip install" in line
