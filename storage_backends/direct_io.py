@@ -45,7 +45,7 @@ def probe_direct(directory: Path) -> DirectIo:
         path.unlink(missing_ok=True)
         return DirectIo(False, 1, 1, f"open with O_DIRECT: {os.strerror(error.errno or errno.EIO)}")
     try:
-        return _alignment(fd)
+        return alignment(fd)
     finally:
         os.close(fd)
         path.unlink(missing_ok=True)
@@ -59,10 +59,11 @@ def alignment_of(path: Path, fd: int) -> DirectIo:
         if error.errno != errno.EINVAL:
             raise
         return DirectIo(False, 1, 1, f"open with O_DIRECT: {error.strerror}")
-    return _alignment(fd)
+    return alignment(fd)
 
 
-def _alignment(fd: int) -> DirectIo:
+def alignment(fd: int) -> DirectIo:
+    """As the kernel tells it of an open file; what an old kernel does not tell is taken to be 4096."""
     buffer = ctypes.create_string_buffer(256)
     asked = _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)
     mask = int.from_bytes(buffer.raw[:4], "little")

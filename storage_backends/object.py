@@ -62,6 +62,13 @@ class ObjectFormat:
 
     def prepare(self, batch: PageBatch, page: int) -> tuple[bytearray, Buffers]:
         """What to write, in order: a head, and the page's own buffers (sealed: an encrypted copy of them)."""
+        raw = self.header(batch, page)
+        if self._seal is None:
+            return raw, batch.buffers(page)
+        return self._seal.close(self.namespace.digest + batch.key(page), raw, batch.buffers(page))
+
+    def header(self, batch: PageBatch, page: int) -> bytearray:
+        """The slot header of a page, with the checksums of its buffers as they are now."""
         tokens = None if batch.tokens is None else batch.tokens[page : page + 1]
         kind = (None if tokens is None else tokens.shape[1], batch.salt, batch.lora)
         template = self._templates.get(kind)
@@ -76,9 +83,7 @@ class ObjectFormat:
         template.write(head, first, key, parent, first.view(np.uint64), time.time_ns(), tokens, hashes)
         raw = bytearray(head)
         seal_header(memoryview(raw), len(self._lengths), chunk_crcs(self._addresses(batch, page), self._lengths))
-        if self._seal is None:
-            return raw, batch.buffers(page)
-        return self._seal.close(self.namespace.digest + key, raw, batch.buffers(page))
+        return raw
 
     def verify(self, batch: PageBatch, page: int, head: bytearray) -> Outcome:
         """HIT or CORRUPT, for `head` (head_bytes) and the page's buffers as they came; opens a seal in place."""

@@ -6,9 +6,9 @@ tier makes of it.
 
     python -m tests.fuse MOUNTPOINT PLAN RECORD [synchronous]      until its stdin ends
 
-Faults hit reads and writes of extents (`*.ext`), past the extent's header; everything else works. Requests are answered
-late and out of order, as a device with a queue does: what comes while others are open is taken in first. All I/O is
-direct, so that a process's writes arrive here as it made them.
+Faults hit reads and writes of extents (`*.ext`), past the extent's header, and of segments (`*.seg`, `*.tmp`);
+everything else works. Requests are answered late and out of order, as a device with a queue does: what comes while
+others are open is taken in first. All I/O is direct, so that a process's writes arrive here as it made them.
 
 The record is every change, in order: one `Event` after another as encoded by `Event.encode`.
 """
@@ -243,9 +243,13 @@ class Server:
         return struct.pack("<QII", 0, 0, 0) + node.attributes()
 
     def _setattr(self, node: _Node, data: bytes, unique: int) -> bytes:
-        valid, _, _, size = struct.unpack_from("<IIQQ", data)
+        valid, _, _, size, _, _, changed, _, _, changed_ns = struct.unpack_from("<IIQQQQQQII", data)
         if valid & 8:
             self._resize(node, size)
+        if valid & 1 << 8:
+            node.changed = time.time_ns()
+        elif valid & 1 << 5:
+            node.changed = changed * 10**9 + changed_ns
         return self._getattr(node, data, unique)
 
     def _resize(self, node: _Node, size: int) -> None:
@@ -325,7 +329,7 @@ class Server:
 
     def _read(self, node: _Node, data: bytes, unique: int) -> bytes | None:
         _, offset, size = struct.unpack_from("<QQI", data)
-        if not node.path.endswith(".ext") or offset < _HEADER_BYTES:
+        if not _may_fail(node, offset):
             return bytes(node.data[offset : offset + size])
         faults = self.plan.decide(False)
         self.plan.report()
@@ -344,7 +348,7 @@ class Server:
     def _write(self, node: _Node, data: bytes, unique: int) -> bytes | None:
         _, offset, size = struct.unpack_from("<QQI", data)
         payload, number = data[40 : 40 + size], next(self._writes)
-        if not node.path.endswith(".ext") or offset < _HEADER_BYTES:
+        if not _may_fail(node, offset):
             self._say(Kind.BEGIN, node.path, number, offset, payload)
             self._put(node, offset, payload)
             self._say(Kind.END, "", number)
@@ -367,6 +371,10 @@ class Server:
         node.data.extend(bytes(max(0, offset + len(data) - len(node.data))))
         node.data[offset : offset + len(data)] = data
         node.changed = time.time_ns()
+
+
+def _may_fail(node: _Node, offset: int) -> bool:
+    return node.path.endswith((".seg", ".tmp")) or (node.path.endswith(".ext") and offset >= _HEADER_BYTES)
 
 
 def _half(size: int) -> int:

@@ -1,4 +1,6 @@
-"""A process with a local tier of its own, driven by JSON lines on stdin: for tests that need real processes.
+"""A process with a tier of its own, driven by JSON lines on stdin: for tests that need real processes.
+
+    python -m tests.worker PATH CAPACITY MODEL ENGINE      a local tier, or with the engine "shared_fs" a share
 
 With QUICK in the environment, shares of the capacity move in seconds instead of minutes.
 
@@ -14,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from storage_backends.base import Dispatcher, Outcome
+from storage_backends.base import Backend, Dispatcher, Outcome
 from storage_backends.local import LocalBackend, supply, use
+from storage_backends.shared_fs import SharedFsBackend
 from tests.pages import HostPool, chain, key_batch, namespace
 
 QUICK = "HICACHE_EXT_TEST_QUICK"
@@ -59,7 +62,7 @@ class Worker:
                 pipe.close()
 
 
-def served(backend: LocalBackend, space: Any, keys: list[bytes]) -> list[str]:
+def served(backend: Backend, space: Any, keys: list[bytes]) -> list[str]:
     """Outcome per page; "wrong" for a HIT with bytes that are not the page's."""
     pool = HostPool(space, len(keys))
     pool.poison()
@@ -74,9 +77,13 @@ def main(path: str, capacity: str, model: str, engine: str) -> None:
     if os.environ.get(QUICK):
         supply.SHARE_SECONDS, use.HALF_LIFE = 0.2, 1.0
     space = namespace((65536, 65536), model=model)
-    backend = LocalBackend(
-        LocalBackend.Options.model_validate({"path": path, "capacity": int(capacity), "engine": engine}), Dispatcher()
-    )
+    backend: Backend
+    if engine == "shared_fs":
+        options = {"path": path, "capacity": int(capacity), "linger": 0.2, "refresh": 0.2}
+        backend = SharedFsBackend(SharedFsBackend.Options.model_validate(options), Dispatcher())
+    else:
+        options = {"path": path, "capacity": int(capacity), "engine": engine}
+        backend = LocalBackend(LocalBackend.Options.model_validate(options), Dispatcher())
 
     def say(value: Any) -> None:
         print(json.dumps(value), flush=True)

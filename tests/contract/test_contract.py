@@ -15,6 +15,7 @@ import pytest
 from storage_backends.base import Backend, Completion, Dispatcher, Notes, OptionError, Outcome, Residency
 from storage_backends.local import LocalBackend
 from storage_backends.memory import MemoryBackend
+from storage_backends.shared_fs import SharedFsBackend
 from tests.devices import blank_device
 from tests.mooncake_server import MooncakeServer, mooncake_server
 from tests.netns import Network
@@ -93,6 +94,17 @@ def _mooncake(_: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int =
     return MooncakeBackend(MooncakeBackend.Options.model_validate(options), dispatcher)
 
 
+def _shared_fs(**more: object) -> Callable[..., Backend]:
+    def open_share(path: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+        if "seal_key_env" in more:
+            pytest.importorskip("cryptography")
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("HICACHE_EXT_TEST_KEY", "0f" * 32)
+        options = {"path": path / "share", "capacity": capacity, "linger": 0.05, **more}
+        return SharedFsBackend(SharedFsBackend.Options.model_validate(options), dispatcher)
+
+    return open_share
+
+
 BACKENDS = {
     "memory": _memory,
     "local-threads": _local("threads"),
@@ -106,6 +118,9 @@ BACKENDS = {
     "redis-sealed": _redis(seal_key_env="HICACHE_EXT_TEST_KEY"),
     "s3": _s3,
     "mooncake": _mooncake,
+    "shared-fs": _shared_fs(),
+    "shared-fs-buffered": _shared_fs(direct=False),
+    "shared-fs-sealed": _shared_fs(seal_key_env="HICACHE_EXT_TEST_KEY"),
 }
 
 

@@ -1,0 +1,126 @@
+"""Pages to and from the slots of a segment: several neighbours in one vectored call, straight from and to their memory.
+
+Belongs here: sizes, arrays of buffers, copies where memory or page do not fit direct I/O. Does not belong here: which
+slots, files, or what follows from an outcome.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import numpy as np
+
+from storage_backends.base import Outcome, PageBatch
+from storage_backends.buffers import OwnedMemory
+from storage_backends.format import BLOCK, round_up
+from storage_backends.object import ObjectFormat
+from storage_backends.vectored import IOV_MAX, move
+
+#: Bytes that one call moves at most, if it is more than one page.
+_RUN_BYTES = 8 << 20
+
+
+class _Scratch(threading.local):
+    """Memory of one thread: headers, or whole slots."""
+
+    memory: OwnedMemory | None = None
+
+    def of(self, size: int) -> OwnedMemory:
+        if self.memory is None or self.memory.size < size:
+            self.memory = OwnedMemory(round_up(size, 1 << 20))
+        return self.memory
+
+
+_scratch = _Scratch()
+_zeroes = OwnedMemory(BLOCK)
+
+
+class Slots:
+    """The slots of one namespace. slot_bytes: of each, a multiple of 4096."""
+
+    def __init__(self, form: ObjectFormat, sealed: bool) -> None:
+        self.form = form
+        self.slot_bytes = round_up(form.size, BLOCK)
+        self._pad = self.slot_bytes - form.size
+        self._sealed = sealed
+        self._lengths = np.array(form.namespace.layout.buffer_lengths, np.uint64)
+
+    def run(self, pages: int, threads: int) -> int:
+        """How many pages of a batch of so many one call should move, so that all threads have some."""
+        by_bytes = _RUN_BYTES // self.slot_bytes
+        by_buffers = IOV_MAX // (len(self._lengths) + 2)
+        return max(1, min(by_bytes, by_buffers, -(-pages // threads)))
+
+    def write(self, fd: int, batch: PageBatch, pages: list[int], slot: int, alignment: int) -> int:
+        """These pages into slots `slot`...; bytes moved, or -errno."""
+        head_bytes, size = self.form.head_bytes, self.slot_bytes
+        if self._fits(batch, alignment):
+            memory = _scratch.of(head_bytes * len(pages))
+            for i, page in enumerate(pages):
+                memory.view[i * head_bytes : (i + 1) * head_bytes] = self.form.header(batch, page)
+            return move(fd, slot * size, self._direct(memory.address, batch, pages, _zeroes.address), True)
+        memory = _scratch.of(size * len(pages))
+        for i, page in enumerate(pages):
+            head, buffers = self.form.prepare(batch, page)
+            at = i * size
+            parts: list[bytearray | memoryview] = [head, *buffers]
+            for part in parts:
+                memory.view[at : at + len(part)] = part
+                at += len(part)
+            memory.view[at : (i + 1) * size] = bytes((i + 1) * size - at)
+        return move(fd, slot * size, np.array([[memory.address, size * len(pages)]], np.uint64), True)
+
+    def read(self, fd: int, batch: PageBatch, pages: list[int], slot: int, alignment: int) -> tuple[int, list[Outcome]]:
+        """Slots `slot`... into these pages: bytes moved, and HIT or CORRUPT for each page; or -errno, and nothing."""
+        head_bytes, size = self.form.head_bytes, self.slot_bytes
+        straight = self._fits(batch, alignment)
+        if straight:
+            # The padding lands in memory of this thread, behind the headers.
+            memory = _scratch.of(head_bytes * len(pages) + BLOCK)
+            iov = self._direct(memory.address, batch, pages, memory.address + head_bytes * len(pages))
+        else:
+            memory = _scratch.of(size * len(pages))
+            iov = np.array([[memory.address, size * len(pages)]], np.uint64)
+        moved = move(fd, slot * size, iov, False)
+        if moved < 0:
+            return moved, []
+        outcomes = []
+        for i, page in enumerate(pages):
+            at = i * (head_bytes if straight else size)
+            if moved < i * size + self.form.size:  # the file ends here
+                outcomes.append(Outcome.CORRUPT)
+                continue
+            if not straight:
+                self._copy_out(batch, page, memory.address + at + head_bytes)
+            outcomes.append(self.form.verify(batch, page, bytearray(memory.view[at : at + head_bytes])))
+        return moved, outcomes
+
+    def _fits(self, batch: PageBatch, alignment: int) -> bool:
+        """Whether the batch's pages can move without a copy."""
+        if self._sealed:
+            return False
+        if alignment == 1:
+            return True
+        step = np.uint64(alignment - 1)
+        return not (self._lengths & step).any() and not (batch.addresses & step).any()
+
+    def _direct(self, heads: int, batch: PageBatch, pages: list[int], pad: int) -> np.ndarray:
+        """uint64[k, 2]: per page its header, its buffers and the padding."""
+        buffers = len(self._lengths)
+        rows = np.empty((len(pages), buffers + 2, 2), np.uint64)
+        head_bytes = self.form.head_bytes
+        rows[:, 0, 0] = np.uint64(heads) + np.arange(len(pages), dtype=np.uint64) * np.uint64(head_bytes)
+        rows[:, 0, 1] = head_bytes
+        for i, page in enumerate(pages):
+            rows[i, 1:-1, 0] = batch.addresses[int(batch.offsets[page]) : int(batch.offsets[page + 1])]
+        rows[:, 1:-1, 1] = self._lengths
+        rows[:, -1, 0], rows[:, -1, 1] = pad, self._pad
+        if not self._pad:
+            rows = rows[:, :-1]
+        return np.ascontiguousarray(rows.reshape(-1, 2))
+
+    def _copy_out(self, batch: PageBatch, page: int, source: int) -> None:
+        for j in range(int(batch.offsets[page]), int(batch.offsets[page + 1])):
+            ctypes.memmove(int(batch.addresses[j]), source, int(batch.lengths[j]))
+            source += int(batch.lengths[j])
