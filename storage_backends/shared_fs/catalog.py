@@ -56,6 +56,11 @@ class Catalog:
         return self._count
 
     @property
+    def full(self) -> bool:
+        """Whether there is room for no other page, unless older ones are forgotten."""
+        return self._count >= self._limit
+
+    @property
     def segments(self) -> int:
         return len(self._named)
 
@@ -97,7 +102,7 @@ class Catalog:
                 if other is None or other.born < segment.born:
                     self._take(known, segment, key, slot)
             self._enter(segment)
-            self._bound(segment)
+            self._bound(None)
 
     def store(self, segment: Segment, pages: list[tuple[bytes, int]]) -> list[bytes]:
         """(key, slot)s that we have written there; the keys that were new. What was known before stays where it is."""
@@ -175,12 +180,18 @@ class Catalog:
         segment.pages = {}
         self._say_gone(segment.namespace, gone)
 
-    def _bound(self, last: Segment) -> None:
+    def _bound(self, written: Segment | None) -> None:
+        """Forget the oldest segments beyond the limit, but not the one that is being written."""
+        kept = []
         while self._count > self._limit and self._oldest:
-            _, name = heapq.heappop(self._oldest)
-            segment = self._named.get(name)
-            if segment is not None and segment is not last:
+            oldest = heapq.heappop(self._oldest)
+            segment = self._named.get(oldest[1])
+            if segment is not None and segment is written:
+                kept.append(oldest)
+            elif segment is not None:
                 self._drop(segment)
+        for each in kept:
+            heapq.heappush(self._oldest, each)
 
     def _say_gone(self, namespace: bytes, keys: list[bytes]) -> None:
         told = self._told.get(namespace)

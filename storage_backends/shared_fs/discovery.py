@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from hicache_ext.page import Namespace
 from storage_backends.format import FormatError
 from storage_backends.shared_fs.catalog import Catalog, Segment
-from storage_backends.shared_fs.directory import buckets, to_list
+from storage_backends.shared_fs.directory import buckets, is_recent, to_list
 from storage_backends.shared_fs.segment import SegmentIndex, SegmentName, index_bytes
 from storage_backends.shared_fs.share import Share
 
@@ -99,6 +99,9 @@ class Discovery:
         for bucket in to_list(names, space.seen, self._share.now_ns(), space.turn):
             if self._closed:
                 return
+            if self._catalog.full and not is_recent(bucket, self._share.now_ns()):
+                space.seen.setdefault(bucket, set())  # older than what would be forgotten for it
+                continue
             directory = self._share.root / bucket / space.namespace.digest.hex()
             found = set(self._share.listed(bucket, space.namespace.digest.hex()))
             seen = space.seen.setdefault(bucket, set())

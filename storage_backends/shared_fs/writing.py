@@ -136,6 +136,7 @@ class SegmentWriter:
         self._share.learn_time(stamp)
         self._born = max(self._born + 1, stamp)
         segment = Segment(digest, name, path, (self._born, ident), mine=True)
+        segment.touched = time.monotonic()
         return OpenSegment(segment, slots, fd, room)
 
     def _create(self, directory: Path, path: str) -> int:
