@@ -93,10 +93,11 @@ class SharedFsBackend(Backend):
         self._files = OpenFiles(self._share)
         self._workers = Workers(options.threads, "hicache-share-io")
         self._cleaner = Cleaner(self._share, int(options.capacity), options.ttl, self._name_gone, self._trouble)
-        self._writer = SegmentWriter(
-            self._share, self._catalog, options.segment_bytes, options.fsync, self._cleaner.make_room
-        )
         self._discovery = Discovery(self._share, self._catalog, options.refresh, self._gone, self._trouble)
+        self._writer = SegmentWriter(
+            self._share, self._catalog, options.segment_bytes, options.fsync, self._cleaner.make_room,
+            self._discovery.note,
+        )  # fmt: skip
         self._in_background(partial(self._share.prepare))
         threading.Thread(target=self._tick, name="hicache-share-tick", daemon=True).start()
 
@@ -320,6 +321,8 @@ class SharedFsBackend(Backend):
                 continue
             for namespace in self._writer.due(self.options.linger):
                 self._in_background(partial(self._writer.seal, namespace))
+            if self._files.expired():
+                self._in_background(partial(self._files.expire))
 
     def _in_background(self, call: partial[None]) -> None:
         def run() -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 
 from hicache_ext.page import Namespace
@@ -72,6 +73,14 @@ class Discovery:
                 self._queue.put(space)
         return space.first
 
+    def note(self, segment: Segment) -> None:
+        """A segment of our own is on the share: from now on it is missed when it is not."""
+        path = Path(segment.path)
+        with self._lock:
+            space = self._spaces.get(segment.namespace)
+            if space is not None and path.parent.parent.name in space.seen:
+                space.seen[path.parent.parent.name].add(path.name)
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -93,8 +102,9 @@ class Discovery:
     def _look(self, space: _Space) -> None:
         self.looks += 1
         space.turn += 1
+        before = list(space.seen)
         names = buckets(self._share.listed())
-        for bucket in space.seen.keys() - set(names):
+        for bucket in set(before) - set(names):
             self._missing(space.seen.pop(bucket))
         for bucket in to_list(names, space.seen, self._share.now_ns(), space.turn):
             if self._closed:
@@ -103,14 +113,18 @@ class Discovery:
                 space.seen.setdefault(bucket, set())  # older than what would be forgotten for it
                 continue
             directory = self._share.root / bucket / space.namespace.digest.hex()
+            with self._lock:
+                known = set(space.seen.setdefault(bucket, set()))
             found = set(self._share.listed(bucket, space.namespace.digest.hex()))
-            seen = space.seen.setdefault(bucket, set())
-            self._missing(seen - found)
-            seen &= found
-            for name in found - seen:
+            self._missing(known - found)
+            new = set()
+            for name in found - known:
                 parsed = SegmentName.parse(name)
-                if parsed is not None and self._learn(space, bucket, parsed, str(directory / name)):
-                    seen.add(name)
+                if parsed is not None and self._learn(space, parsed, str(directory / name)):
+                    new.add(name)
+            with self._lock:
+                space.seen[bucket] -= known - found
+                space.seen[bucket] |= new
 
     def _missing(self, names: set[str]) -> None:
         for name in names:
@@ -118,7 +132,7 @@ class Discovery:
             if segment is not None:
                 self._gone(segment)
 
-    def _learn(self, space: _Space, bucket: str, name: SegmentName, path: str) -> bool:
+    def _learn(self, space: _Space, name: SegmentName, path: str) -> bool:
         """Whether the segment needs no other look."""
         if self._catalog.named(str(name)) is not None:  # our own
             return True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +16,19 @@ from storage_backends.shared_fs.catalog import Segment
 from storage_backends.shared_fs.share import Share
 
 _KEPT = 128
+#: A descriptor keeps a removed file's room on some shares, and its bytes readable: it is opened anew after this.
+_SECONDS = 5.0
 
 
 class _Open:
-    __slots__ = ("fd", "stale", "users")
+    __slots__ = ("began", "fd", "stale", "users")
 
     def __init__(self, fd: int) -> None:
-        self.fd, self.users, self.stale = fd, 0, False
+        self.fd, self.users, self.stale, self.began = fd, 0, False, time.monotonic()
+
+    @property
+    def old(self) -> bool:
+        return time.monotonic() - self.began > _SECONDS
 
 
 class OpenFiles:
@@ -35,11 +42,16 @@ class OpenFiles:
     @contextmanager
     def reading(self, segment: Segment) -> Iterator[int]:
         """A descriptor of the segment. OSError as open raises it: FileNotFoundError when somebody removed it."""
+        idle: list[int] = []
         with self._lock:
             found = self._open.get(segment)
+            if found is not None and found.old:
+                idle = self._retire(self._open.pop(segment))
+                found = None
             if found is not None:
                 found.users += 1
                 self._open.move_to_end(segment)
+        self._close(idle)
         if found is None:
             found = self._opened(segment)
         try:
@@ -56,6 +68,18 @@ class OpenFiles:
         with self._lock:
             found = self._open.pop(segment, None)
             idle = self._retire(found)
+        self._close(idle)
+
+    def expired(self) -> bool:
+        """Whether `expire` has something to do."""
+        with self._lock:
+            return any(found.old for found in self._open.values())
+
+    def expire(self) -> None:
+        """Close what has been open for long. May ask the share."""
+        with self._lock:
+            old = [segment for segment, found in self._open.items() if found.old]
+            idle = [fd for segment in old for fd in self._retire(self._open.pop(segment))]
         self._close(idle)
 
     def close(self) -> None:

@@ -42,16 +42,24 @@ class OpenSegment:
         self.entries: dict[int, tuple[bytes, bytes]] = {}
         self.began = time.monotonic()
 
+    @property
+    def coming(self) -> int:
+        """Bytes that it will have and the file may not have yet."""
+        return ((self.taken if self.sealed else self.room) - len(self.entries)) * self.slots.slot_bytes
+
 
 class SegmentWriter:
-    """make_room: called before a segment of so many bytes is begun; OSError when there is none. Thread-safe."""
+    """make_room: called before a segment of so many bytes is begun; OSError when there is none. done: called with each
+    segment that has its name. Thread-safe."""
 
     def __init__(
-        self, share: Share, catalog: Catalog, segment_bytes: int, fsync: bool, make_room: Callable[[int], None]
-    ) -> None:
+        self, share: Share, catalog: Catalog, segment_bytes: int, fsync: bool, make_room: Callable[[int], None],
+        done: Callable[[Segment], None],
+    ) -> None:  # fmt: skip
         self._share, self._catalog, self._fsync, self._make_room = share, catalog, fsync, make_room
-        self._segment_bytes = segment_bytes
+        self._segment_bytes, self._done = segment_bytes, done
         self._open: dict[bytes, OpenSegment] = {}
+        self._unfinished: set[OpenSegment] = set()
         self._born = 0
         self._lock = threading.Lock()
         self._beginning = threading.Lock()
@@ -120,7 +128,9 @@ class SegmentWriter:
     def _begin(self, slots: Slots) -> OpenSegment:
         room = max(1, self._segment_bytes // slots.slot_bytes)
         self._share.check_mounted()
-        self._make_room(room * slots.slot_bytes)
+        with self._lock:
+            coming = sum(current.coming for current in self._unfinished)
+        self._make_room(room * slots.slot_bytes + coming)
         ident = os.urandom(ID_BYTES)
         name = ident.hex() + TEMPORARY
         digest = slots.form.namespace.digest
@@ -137,7 +147,10 @@ class SegmentWriter:
         self._born = max(self._born + 1, stamp)
         segment = Segment(digest, name, path, (self._born, ident), mine=True)
         segment.touched = time.monotonic()
-        return OpenSegment(segment, slots, fd, room)
+        begun = OpenSegment(segment, slots, fd, room)
+        with self._lock:
+            self._unfinished.add(begun)
+        return begun
 
     def _create(self, directory: Path, path: str) -> int:
         for attempt in range(_ATTEMPTS):
@@ -173,6 +186,7 @@ class SegmentWriter:
             os.rename(temporary, final)
             segment.paths = (final,)
             self.published += 1
+            self._done(segment)
         except (OSError, _Empty) as error:
             self._catalog.drop(segment)
             if current.fd >= 0:
@@ -183,6 +197,9 @@ class SegmentWriter:
             if isinstance(error, OSError):
                 self.lost += 1
                 raise
+        finally:
+            with self._lock:
+                self._unfinished.discard(current)
 
     def _index(self, current: OpenSegment, kept: dict[int, tuple[bytes, bytes]]) -> SegmentIndex:
         at = sorted(kept)
