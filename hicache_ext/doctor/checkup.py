@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hicache_ext.config import Config, ConfigError, TierConfig, read_file
-from hicache_ext.doctor import engines, memory, software, tier
+from hicache_ext.doctor import engines, memory, share, software, tier
 from hicache_ext.doctor.finding import Finding, error, ok
 from hicache_ext.doctor.isolation import Answer, Call, ask
 from storage_backends.local.engine import PREFERENCE
@@ -28,16 +28,18 @@ def checkup(config: Path | None = None, seconds: float = _SECONDS) -> list[Findi
     seconds: limit of each of the two rounds; the probes of a round run at once, each in a process of its own.
     """
     places: list[tier.Place] = []
+    shares: list[share.SharePlace] = []
     findings: list[Finding] = []
     if config is None:
         findings.append(ok("configuration", "none given: tiers are not checked (--config FILE)"))
     else:
         (known,) = ask([Call(partial(_places, config), seconds)])
-        places = known.value or []
+        places, shares = known.value or ([], [])
     probes: list[tuple[str, Callable[[], Any], str]] = [
         ("software", software.probe, "python -m pip check"),
         ("memory", memory.probe, "cat /proc/self/status"),
         *[(f"{place.label}: path", partial(tier.probe, place), _HUNG_DISK) for place in places],
+        *[(f"{place.label}: path", partial(share.probe, place), _HUNG_DISK) for place in shares],
     ]
     if config is not None:
         probes.insert(0, ("configuration", partial(configuration, config), _HUNG_DISK))
@@ -66,20 +68,36 @@ def configuration(file: Path) -> list[Finding]:
     return [ok("configuration", f"{file}: valid; tiers, fast to slow: {tiers}")]
 
 
-def _places(file: Path) -> list[tier.Place]:
-    """The local tiers of a file as far as it can be understood; `configuration` says what is wrong with the rest."""
+def _places(file: Path) -> tuple[list[tier.Place], list[share.SharePlace]]:
+    """The local tiers and the shares of a file as far as it can be understood; `configuration` says what is wrong with
+    the rest."""
+    disks: list[tier.Place] = []
+    shares: list[share.SharePlace] = []
     try:
         listed = read_file(file).get("tiers")
     except ConfigError:
-        return []
-    found: list[tier.Place] = []
+        return disks, shares
     for values in listed if isinstance(listed, list) else []:
         try:
             chosen = TierConfig.model_validate(values)
-            found += _disks(chosen)
+            disks += _disks(chosen)
+            shares += _shares(chosen)
         except ValueError:
             continue
-    return found
+    return disks, shares
+
+
+def _shares(chosen: TierConfig) -> list[share.SharePlace]:
+    """The place of one tier; none where it is not on a share."""
+    from storage_backends.registry import backend_class
+    from storage_backends.shared_fs import SharedFsBackend
+
+    backend = backend_class(chosen.type)
+    if not issubclass(backend, SharedFsBackend):
+        return []
+    options = backend.Options.model_validate(chosen.options)
+    assert isinstance(options, SharedFsBackend.Options)
+    return [share.SharePlace(chosen.label, options.path, options.mount, int(options.capacity))]
 
 
 def _disks(chosen: TierConfig) -> list[tier.Place]:

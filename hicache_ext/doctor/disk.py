@@ -12,7 +12,7 @@ from pathlib import Path
 from hicache_ext.doctor.finding import Finding, ok, warning
 
 _MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
-_REMOTE = {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "9p", "virtiofs", "glusterfs", "beegfs", "gpfs"}
+REMOTE = {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "9p", "virtiofs", "glusterfs", "beegfs", "gpfs", "wekafs"}
 _COPY_ON_WRITE = {"btrfs", "zfs", "bcachefs"}
 _BY_NAME = (
     ("nvme", "NVMe"), ("vd", "virtio"), ("xvd", "Xen"), ("sd", "SCSI or SATA"), ("dm-", "device mapper"),
@@ -26,12 +26,13 @@ class Mount:
     point: str
     kind: str
     source: str
+    options: str = ""
 
 
-def mount_of(path: str, mountinfo: str) -> Mount:
-    """The mount that holds an absolute, resolved path. mountinfo: /proc/self/mountinfo."""
+def mount_of(path: str, table: str) -> Mount:
+    """The mount that holds an absolute, resolved path. table: /proc/self/mountinfo."""
     best = Mount("", "unknown", "unknown")
-    for line in mountinfo.splitlines():
+    for line in table.splitlines():
         fields, _, rest = line.partition(" - ")
         parts, after = fields.split(), rest.split()
         if len(parts) < 5 or len(after) < 2:
@@ -39,7 +40,7 @@ def mount_of(path: str, mountinfo: str) -> Mount:
         point = parts[4].encode().decode("unicode_escape")  # a space is written as \040
         inside = path == point or path.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best.point):  # a later mount on the same place hides the earlier one
-            best = Mount(point, after[0], after[1])
+            best = Mount(point, *after[:3])
     return best
 
 
@@ -66,7 +67,7 @@ def judge(title: str, mount: Mount, name: str, rotates: bool) -> Finding:
             title, f"{text}: memory, not a disk; gone at the next boot, and taken from what the host pool could have",
             "set the tier's `path` to a folder on an NVMe disk",
         )  # fmt: skip
-    if base in _REMOTE or base == "fuse":
+    if base in REMOTE or base == "fuse":
         return warning(
             title, f"{text}: not a disk of this machine; locks and reserved space may not hold there",
             "set the tier's `path` to a folder on a local disk",
@@ -91,7 +92,7 @@ def judge(title: str, mount: Mount, name: str, rotates: bool) -> Finding:
 
 def probe(title: str, path: Path) -> Finding:
     """For an existing path."""
-    mount = mount_of(str(path.resolve()), _mountinfo())
+    mount = mount_of(str(path.resolve()), mountinfo())
     device = os.stat(path).st_dev
     if not os.major(device) and mount.source.startswith("/dev/"):  # btrfs and its like number their volumes themselves
         try:
@@ -101,7 +102,8 @@ def probe(title: str, path: Path) -> Finding:
     return judge(title, mount, *block_device(device))
 
 
-def _mountinfo() -> str:
+def mountinfo() -> str:
+    """/proc/self/mountinfo, empty where it cannot be read."""
     try:
         return Path("/proc/self/mountinfo").read_text(errors="replace")
     except OSError:

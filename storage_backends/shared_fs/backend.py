@@ -50,7 +50,7 @@ from storage_backends.shared_fs.discovery import Discovery
 from storage_backends.shared_fs.files import OpenFiles
 from storage_backends.shared_fs.options import SharedFsOptions
 from storage_backends.shared_fs.share import GONE, Share
-from storage_backends.shared_fs.slots import Slots
+from storage_backends.shared_fs.slots import Slots, runs
 from storage_backends.shared_fs.workers import Job, Workers
 from storage_backends.shared_fs.writing import OpenSegment, SegmentWriter
 
@@ -135,7 +135,7 @@ class SharedFsBackend(Backend):
         if absent:
             self._look(batch.namespace)
             completion.settle_many(absent, [Outcome.MISS] * len(absent))
-        for segment, first, pages in _runs(places, slots.run(len(batch) - len(absent), self.options.threads)):
+        for segment, first, pages in runs(places, slots.run(len(batch) - len(absent), self.options.threads)):
             self._workers.submit(
                 Job(
                     partial(self._read, slots, batch, segment, first, pages, completion),
@@ -391,21 +391,6 @@ class SharedFsBackend(Backend):
         if kind not in self._said and len(self._said) < _KINDS:
             self._said.add(kind)
             logger.warning(f"shared_fs %s: {message} (said once; stats have the count)", self.options.path, *values)
-
-
-def _runs(places: list[tuple[Segment, int] | None], most: int) -> list[tuple[Segment, int, list[int]]]:
-    """Pages in neighbouring slots, at most so many together: segment, first slot, pages in the order of their slots."""
-    where = [(place[0], place[1], page) for page, place in enumerate(places) if place is not None]
-    where.sort(key=lambda each: (id(each[0]), each[1]))
-    runs: list[tuple[Segment, int, list[int]]] = []
-    for segment, slot, page in where:
-        if runs:
-            last, first, pages = runs[-1]
-            if last is segment and slot == first + len(pages) and len(pages) < most:
-                pages.append(page)
-                continue
-        runs.append((segment, slot, [page]))
-    return runs
 
 
 def _give_up(completion: Completion, pages: list[int]) -> None:

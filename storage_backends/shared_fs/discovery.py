@@ -78,8 +78,8 @@ class Discovery:
         path = Path(segment.path)
         with self._lock:
             space = self._spaces.get(segment.namespace)
-            if space is not None and path.parent.parent.name in space.seen:
-                space.seen[path.parent.parent.name].add(path.name)
+            if space is not None:
+                space.seen.setdefault(path.parent.parent.name, set()).add(path.name)
 
     def close(self) -> None:
         with self._lock:
@@ -102,7 +102,8 @@ class Discovery:
     def _look(self, space: _Space) -> None:
         self.looks += 1
         space.turn += 1
-        before = list(space.seen)
+        with self._lock:
+            before = list(space.seen)
         names = buckets(self._share.listed())
         for bucket in set(before) - set(names):
             self._missing(space.seen.pop(bucket))
@@ -110,7 +111,8 @@ class Discovery:
             if self._closed:
                 return
             if self._catalog.full and not is_recent(bucket, self._share.now_ns()):
-                space.seen.setdefault(bucket, set())  # older than what would be forgotten for it
+                with self._lock:
+                    space.seen.setdefault(bucket, set())  # older than what would be forgotten for it
                 continue
             directory = self._share.root / bucket / space.namespace.digest.hex()
             with self._lock:

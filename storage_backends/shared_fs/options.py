@@ -52,8 +52,8 @@ class SharedFsOptions(BackendOptions):
             raise OptionError("path", str(self.path), "is not absolute", "write /mnt/share/hicache")
         if self.mount is not None and not self.path.is_relative_to(self.mount):
             raise OptionError("mount", str(self.mount), "`path` is not below it", "name the share's mount point")
-        if self.capacity and self.capacity < _SEGMENTS_IN_CAPACITY << 20:
-            raise OptionError("capacity", int(self.capacity), "is too small", "write 8MiB or more, or 0 for no limit")
+        if self.capacity and self.capacity < 1 << 20:
+            raise OptionError("capacity", int(self.capacity), "is too small", "write 1MiB or more, or 0 for no limit")
         if 0 < self.ttl < SKEW_SECONDS:
             raise OptionError(
                 "ttl", self.ttl, "clocks of hosts may be an hour apart", "write 3600 or more, or 0 for never"

@@ -15,6 +15,7 @@ from storage_backends.base import Outcome, PageBatch
 from storage_backends.buffers import OwnedMemory
 from storage_backends.format import BLOCK, round_up
 from storage_backends.object import ObjectFormat
+from storage_backends.shared_fs.catalog import Segment
 from storage_backends.vectored import IOV_MAX, move
 
 #: Bytes that one call moves at most, if it is more than one page.
@@ -124,3 +125,18 @@ class Slots:
         for j in range(int(batch.offsets[page]), int(batch.offsets[page + 1])):
             ctypes.memmove(int(batch.addresses[j]), source, int(batch.lengths[j]))
             source += int(batch.lengths[j])
+
+
+def runs(places: list[tuple[Segment, int] | None], most: int) -> list[tuple[Segment, int, list[int]]]:
+    """Pages in neighbouring slots, at most so many together: segment, first slot, pages in the order of their slots."""
+    where = [(place[0], place[1], page) for page, place in enumerate(places) if place is not None]
+    where.sort(key=lambda each: (id(each[0]), each[1]))
+    runs: list[tuple[Segment, int, list[int]]] = []
+    for segment, slot, page in where:
+        if runs:
+            last, first, pages = runs[-1]
+            if last is segment and slot == first + len(pages) and len(pages) < most:
+                pages.append(page)
+                continue
+        runs.append((segment, slot, [page]))
+    return runs

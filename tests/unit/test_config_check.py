@@ -110,6 +110,7 @@ def adapted(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, place in enumerate(sorted(set(re.findall(r"(?m)^ +(?:- )?path: ([^#\s]+)", text)))):
         (folder / f"place{number}").mkdir(parents=True)
         text = text.replace(f"path: {place}", f"path: {folder / f'place{number}'}")
+    text = re.sub(r"(?m)^ +mount: .*\n", "", text)
     for name in re.findall(r"(?m)^[^#\n]*_env: (\w+)", text):
         monkeypatch.setenv(name, "0f" * 32)
     copy = folder / path.name

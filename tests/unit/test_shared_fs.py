@@ -239,7 +239,7 @@ def test_what_another_host_did_is_added_up() -> None:
         ({}, r"path: missing"),
         ({"path": "share"}, r"path = .*not absolute"),
         ({"path": "/mnt/a/b", "mount": "/mnt/c"}, r"mount = .*not below it"),
-        ({"path": "/mnt/a", "capacity": "1MiB"}, r"capacity = .*too small"),
+        ({"path": "/mnt/a", "capacity": "1KiB"}, r"capacity = .*too small"),
         ({"path": "/mnt/a", "ttl": 60}, r"ttl = .*an hour apart"),
         ({"path": "/mnt/a", "segment_size": "1KiB"}, r"segment_size"),
         ({"path": "/mnt/a", "seal_key_env": "NOT_THERE"}, r"seal_key_env = 'NOT_THERE'"),
