@@ -62,46 +62,59 @@ class ObjectFormat:
 
     def prepare(self, batch: PageBatch, page: int) -> tuple[bytearray, Buffers]:
         """What to write, in order: a head, and the page's own buffers (sealed: an encrypted copy of them)."""
-        raw = self.header(batch, page)
+        head = np.empty((1, self._shape.header_bytes), np.uint8)
+        self.headers(batch, [page], head)
+        raw = bytearray(head)
         if self._seal is None:
             return raw, batch.buffers(page)
         return self._seal.close(self.namespace.digest + batch.key(page), raw, batch.buffers(page))
 
-    def header(self, batch: PageBatch, page: int) -> bytearray:
-        """The slot header of a page, with the checksums of its buffers as they are now."""
-        tokens = None if batch.tokens is None else batch.tokens[page : page + 1]
+    def headers(self, batch: PageBatch, pages: list[int], rows: np.ndarray) -> None:
+        """The slot headers of these pages, with the checksums of their buffers as they are now.
+
+        rows: uint8[n, header bytes], written.
+        """
+        tokens = None if batch.tokens is None else batch.tokens[pages]
         kind = (None if tokens is None else tokens.shape[1], batch.salt, batch.lora)
         template = self._templates.get(kind)
         if template is None:
             if len(self._templates) >= _FORMATS:
                 self._templates.clear()
             template = self._templates[kind] = SlotHeaders(self.namespace, self._shape, *kind)
-        head = np.empty((1, self._shape.header_bytes), np.uint8)
-        key, parent = batch.key(page), batch.parent(page)
-        hashes = None if batch.event_hashes is None else batch.event_hashes[page : page + 1]
-        first = np.zeros(1, np.int64)
-        template.write(head, first, key, parent, first.view(np.uint64), time.time_ns(), tokens, hashes)
-        raw = bytearray(head)
-        seal_header(memoryview(raw), len(self._lengths), chunk_crcs(self._addresses(batch, page), self._lengths))
-        return raw
+        part = batch.only(pages)
+        hashes = None if batch.event_hashes is None else batch.event_hashes[pages]
+        generations = np.zeros(len(pages), np.uint64)
+        which = np.arange(len(pages))
+        template.write(rows, which, part.keys, part.parents, generations, time.time_ns(), tokens, hashes)
+        for row, crcs in zip(rows, self.checksums(batch, pages), strict=True):
+            seal_header(row.data, len(self._lengths), crcs)
+
+    def checksums(self, batch: PageBatch, pages: list[int]) -> np.ndarray:
+        """uint32[n, chunks]: of these pages' buffers as they are now."""
+        if len(pages) == 1:
+            return chunk_crcs(self._addresses(batch, pages[0]), self._lengths)[None]
+        addresses = np.concatenate([self._addresses(batch, page) for page in pages])
+        return chunk_crcs(addresses, np.tile(self._lengths, len(pages))).reshape(len(pages), -1)
 
     def verify(self, batch: PageBatch, page: int, head: bytearray) -> Outcome:
         """HIT or CORRUPT, for `head` (head_bytes) and the page's buffers as they came; opens a seal in place."""
-        key = batch.key(page)
         if self._seal is not None:
-            opened = self._seal.open(self.namespace.digest + key, head, batch.buffers(page))
+            opened = self._seal.open(self.namespace.digest + batch.key(page), head, batch.buffers(page))
             if opened is None:
                 return Outcome.CORRUPT
             head = opened
+        return self.judge(batch.key(page), head, self.checksums(batch, [page])[0])
+
+    def judge(self, key: bytes, header: bytearray | memoryview, crcs: np.ndarray) -> Outcome:
+        """HIT or CORRUPT, for a slot header and the checksums of the buffers that came with it."""
         try:
-            found = SlotHeader.decode(head, self._step)
+            found = SlotHeader.decode(header, self._step)
         except FormatError:
             return Outcome.CORRUPT
         if found.namespace != self.namespace.digest or found.key != key:
             return Outcome.CORRUPT  # a good page, filed under another's name: the store lied
         if found.lengths != self.namespace.layout.buffer_lengths:
             return Outcome.CORRUPT
-        crcs = chunk_crcs(self._addresses(batch, page), self._lengths)
         return Outcome.HIT if np.array_equal(crcs, found.crcs) else Outcome.CORRUPT
 
     def _addresses(self, batch: PageBatch, page: int) -> np.ndarray:

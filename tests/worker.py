@@ -19,17 +19,22 @@ from typing import Any
 from storage_backends.base import Backend, Dispatcher, Outcome
 from storage_backends.local import LocalBackend, supply, use
 from storage_backends.shared_fs import SharedFsBackend
+from tests.netns import Host
 from tests.pages import HostPool, chain, key_batch, namespace
 
 QUICK = "HICACHE_EXT_TEST_QUICK"
 
 
 class Worker:
-    """The parent's end."""
+    """The parent's end. host: where it runs, if not on this one."""
 
-    def __init__(self, path: Path, capacity: int, model: str = "model-a", engine: str = "threads", **env: str) -> None:
+    def __init__(
+        self, path: Path, capacity: int, model: str = "model-a", engine: str = "threads", host: Host | None = None,
+        **env: str,
+    ) -> None:  # fmt: skip
+        command = [sys.executable, "-m", "tests.worker", str(path), str(capacity), model, engine]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.worker", str(path), str(capacity), model, engine],
+            command if host is None else host.command(*command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

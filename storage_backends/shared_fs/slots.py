@@ -58,8 +58,8 @@ class Slots:
         head_bytes, size = self.form.head_bytes, self.slot_bytes
         if self._fits(batch, alignment):
             memory = _scratch.of(head_bytes * len(pages))
-            for i, page in enumerate(pages):
-                memory.view[i * head_bytes : (i + 1) * head_bytes] = self.form.header(batch, page)
+            rows = np.frombuffer(memory.view, np.uint8, head_bytes * len(pages)).reshape(len(pages), head_bytes)
+            self.form.headers(batch, pages, rows)
             return move(fd, slot * size, self._direct(memory.address, batch, pages, _zeroes.address), True)
         memory = _scratch.of(size * len(pages))
         for i, page in enumerate(pages):
@@ -86,16 +86,18 @@ class Slots:
         moved = move(fd, slot * size, iov, False)
         if moved < 0:
             return moved, []
+        whole = min(len(pages), (moved + self._pad) // size)  # the file may end before
         outcomes = []
-        for i, page in enumerate(pages):
-            at = i * (head_bytes if straight else size)
-            if moved < i * size + self.form.size:  # the file ends here
-                outcomes.append(Outcome.CORRUPT)
-                continue
-            if not straight:
-                self._copy_out(batch, page, memory.address + at + head_bytes)
-            outcomes.append(self.form.verify(batch, page, bytearray(memory.view[at : at + head_bytes])))
-        return moved, outcomes
+        if straight and whole:
+            for i, crcs in enumerate(self.form.checksums(batch, pages[:whole])):
+                header = memory.view[i * head_bytes : (i + 1) * head_bytes]
+                outcomes.append(self.form.judge(batch.key(pages[i]), header, crcs))
+        elif whole:
+            for i, page in enumerate(pages[:whole]):
+                self._copy_out(batch, page, memory.address + i * size + head_bytes)
+                head = bytearray(memory.view[i * size : i * size + head_bytes])
+                outcomes.append(self.form.verify(batch, page, head))
+        return moved, outcomes + [Outcome.CORRUPT] * (len(pages) - whole)
 
     def _fits(self, batch: PageBatch, alignment: int) -> bool:
         """Whether the batch's pages can move without a copy."""

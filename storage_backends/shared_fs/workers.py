@@ -29,23 +29,24 @@ class Workers:
     def __init__(self, threads: int, name: str) -> None:
         self._reads: deque[Job] = deque()
         self._others: deque[Job] = deque()
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._work, self._idle = threading.Condition(lock), threading.Condition(lock)
         self._running = 0
         self._closed = False
         for i in range(threads):
-            threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True).start()
+            threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True).start()
 
     def submit(self, job: Job, read: bool = False) -> None:
-        with self._changed:
+        with self._work:
             if not self._closed:
                 (self._reads if read else self._others).append(job)
-                self._changed.notify()
+                self._work.notify()
                 return
         job.refuse()
 
     def refuse_waiting(self) -> None:
         """Refuse what has not begun."""
-        with self._changed:
+        with self._work:
             waiting = [*self._reads, *self._others]
             self._reads.clear()
             self._others.clear()
@@ -54,22 +55,23 @@ class Workers:
 
     def drain(self, until: float) -> bool:
         """Wait for all that was submitted, until then (monotonic seconds); whether it has ended."""
-        with self._changed:
-            return self._changed.wait_for(
+        with self._idle:
+            return self._idle.wait_for(
                 lambda: not (self._running or self._reads or self._others), max(0.0, until - time.monotonic())
             )
 
     def close(self) -> None:
         """Refuse what waits and what comes; threads end with what they are at."""
-        with self._changed:
+        with self._work:
             self._closed = True
-            self._changed.notify_all()
+            self._work.notify_all()
         self.refuse_waiting()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._reads or self._others or self._closed)
+            with self._work:
+                while not (self._reads or self._others or self._closed):
+                    self._work.wait()
                 if not (self._reads or self._others):
                     return
                 job = (self._reads or self._others).popleft()
@@ -80,6 +82,7 @@ class Workers:
                 logger.exception("a job on the share raised")
                 with suppress(Exception):
                     job.refuse()
-            with self._changed:
+            with self._idle:
                 self._running -= 1
-                self._changed.notify_all()
+                if not self._running:
+                    self._idle.notify_all()

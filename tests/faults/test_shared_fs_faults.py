@@ -18,6 +18,10 @@ from typing import Any
 
 import pytest
 
+from hicache_ext.doctor import Level
+from hicache_ext.doctor import share as doctor
+from hicache_ext.doctor.disk import Mount
+from hicache_ext.doctor.share import SharePlace
 from hicache_ext.page import Namespace
 from storage_backends.base import Backend, Dispatcher, Outcome, Residency
 from storage_backends.shared_fs import SharedFsBackend, cleaner
@@ -25,6 +29,7 @@ from storage_backends.shared_fs.directory import bucket_of
 from storage_backends.shared_fs.segment import SegmentName
 from tests import pages
 from tests.fuse import Disk, fuse_disk
+from tests.netns import Host
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.worker import Worker
 
@@ -190,6 +195,29 @@ def test_a_writer_dies_and_readers_go_on(
     recovers(reader)
 
 
+def test_a_host_dies_and_another_goes_on(tmp_path: Path, stack: ExitStack) -> None:
+    """Two hosts without a network between them: all that they share is the file system."""
+    share = tmp_path / "share"
+    writing, reading = stack.enter_context(Host()), stack.enter_context(Host())
+    writer = Worker(share, 0, engine="shared_fs", host=writing)
+    stack.callback(writer.stop)
+    reader = Worker(share, 0, engine="shared_fs", host=reading)
+    stack.callback(reader.stop)
+    writer.tell("write_forever", chain="w")
+    said = []
+    while len(segments(share)) < 2:
+        said.append(writer.answer())
+    until(lambda: all(reader.ask("found", chain=said[0], pages=8)), "not found")
+    assert reader.ask("served", chain=said[0], pages=8) == ["HIT"] * 8
+    writing.kill()
+    writer.process.wait()
+    outcomes = [outcome for name in said for outcome in reader.ask("served", chain=name, pages=8)]
+    assert set(outcomes) <= {"HIT", "MISS"}
+    assert reader.ask("served", chain=said[0], pages=8) == ["HIT"] * 8
+    assert reader.ask("store", chain="own", pages=8) == ["HIT"] * 8
+    assert reader.ask("served", chain="own", pages=8) == ["HIT"] * 8
+
+
 def test_many_write_read_and_clean_at_once(tier: Open, tmp_path: Path, stack: ExitStack) -> None:
     """Three writers in processes of their own, one of them killed, and a reader; all with the same capacity."""
     share, capacity, segment = tmp_path / "share", 16 << 20, 2 << 20
@@ -220,7 +248,7 @@ def test_many_write_read_and_clean_at_once(tier: Open, tmp_path: Path, stack: Ex
         thread.start()
     reader = tier(share, capacity=capacity)
     outcomes: list[Outcome] = []
-    deadline = time.monotonic() + 6
+    deadline = time.monotonic() + 4
     killed = False
     while time.monotonic() < deadline:
         for name in random.sample(names, min(4, len(names))) + names[-2:]:
@@ -357,6 +385,27 @@ def test_absent_at_the_start_and_removed_later(tier: Open, tmp_path: Path) -> No
     until(lambda: not backend.lookup(key_batch(SPACE, chain("x", 1) + KEYS)).any(), "still claimed")
     assert served(backend) == [Outcome.MISS] * 8
     recovers(backend)
+
+
+def test_what_is_said_of_a_share_beforehand(tmp_path: Path, stack: ExitStack) -> None:
+    place = SharePlace("share", tmp_path / "mnt" / "hicache", tmp_path / "mnt", 1 << 20)
+    (missing,) = doctor.probe(place)
+    assert missing.level is Level.ERROR
+    assert "nothing is mounted" in missing.text
+    (tmp_path / "mnt").mkdir()
+    stack.enter_context(mounted("-t", "tmpfs", "-o", "size=8m", "hicache-test", str(tmp_path / "mnt")))
+    levels = {finding.name.partition(": ")[2]: finding.level for finding in doctor.probe(place)}
+    assert (levels["path"], levels["space"], levels["clock"]) == (Level.OK, Level.OK, Level.OK)
+    assert levels["share"] is Level.WARNING, "memory of this machine is no share"
+    large = SharePlace("share", tmp_path / "mnt" / "hicache", None, 1 << 40)
+    assert Level.ERROR in {finding.level for finding in doctor.probe(large)}
+    nfs = Mount("/mnt/kv", "nfs4", "server:/kv", "rw,vers=4.2,hard,nconnect=8")
+    place = SharePlace("share", Path("/mnt/kv/hicache"), Path("/mnt/kv"), 1 << 40)
+    assert doctor.kind(place, nfs).level is Level.OK
+    for options, fix in (("rw,soft", "hard"), ("rw,hard,noac", "noac")):
+        found = doctor.kind(place, Mount("/mnt/kv", "nfs4", "server:/kv", options))
+        assert (found.level, fix in found.fix) == (Level.WARNING, True)
+    assert os.listdir(tmp_path / "mnt") == [], "a look changes nothing"
 
 
 def test_nothing_is_written_below_a_mount_point_without_its_mount(tier: Open, tmp_path: Path, stack: ExitStack) -> None:
