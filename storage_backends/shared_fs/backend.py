@@ -286,7 +286,8 @@ class SharedFsBackend(Backend):
                 moved = slots.write(current.fd, batch, pages, first, self._alignment())
             if moved == slots.slot_bytes * len(pages):
                 there = [(batch.key(page), first + i) for i, page in enumerate(pages)]
-                stored = self._catalog.store(current.segment, there)
+                notes = batch.notes
+                stored = self._catalog.store(current.segment, there, None if notes is None else notes.only(pages))
                 entries = {
                     first + i: (batch.key(page), batch.parent(page) or NO_PARENT) for i, page in enumerate(pages)
                 }
@@ -331,7 +332,7 @@ class SharedFsBackend(Backend):
             except OSError as error:
                 self._trouble(error)
 
-        self._workers.submit(Job(run, _nothing))
+        self._workers.submit(Job(run, lambda: None))
 
     def _touch(self, segments: set[Segment]) -> None:
         now = time.monotonic()
@@ -397,7 +398,3 @@ def _give_up(completion: Completion, pages: list[int]) -> None:
     """What has no outcome yet was not begun, or nothing touches it any more."""
     left = [page for page in pages if not completion.outcomes[page]]
     completion.settle_many(left, [Outcome.TIMEOUT] * len(left))
-
-
-def _nothing() -> None:
-    pass

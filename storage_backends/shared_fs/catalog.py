@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from storage_backends.base import KeyBatch, Residency
+from storage_backends.base import KeyBatch, Notes, Residency
 
 _STALE = 1000
 
-Report = Callable[[Residency, bytes, bytes], None]
+Report = Callable[[Residency, bytes, bytes, Notes | None], None]
 
 
 class Segment:
@@ -104,20 +104,26 @@ class Catalog:
             self._enter(segment)
             self._bound(None)
 
-    def store(self, segment: Segment, pages: list[tuple[bytes, int]]) -> list[bytes]:
-        """(key, slot)s that we have written there; the keys that were new. What was known before stays where it is."""
+    def store(self, segment: Segment, pages: list[tuple[bytes, int]], notes: Notes | None = None) -> list[bytes]:
+        """(key, slot)s that we have written there; the keys that were new. What was known before stays where it is.
+
+        notes: of all these pages, for the report.
+        """
         with self._lock:
             known = self._spaces.setdefault(segment.namespace, {})
-            new = [(key, slot) for key, slot in pages if key not in known]
-            for key, slot in new:
-                self._take(known, segment, key, slot)
+            new = [i for i, (key, _) in enumerate(pages) if key not in known]
+            for i in new:
+                self._take(known, segment, *pages[i])
             self._enter(segment)
             told = self._told.setdefault(segment.namespace, set())
-            fresh = [key for key, _ in new if key not in told]
-            told.update(fresh)
-            self._report(Residency.STORED, segment.namespace, b"".join(fresh))
+            fresh = [i for i in new if pages[i][0] not in told]
+            keys = [pages[i][0] for i in fresh]
+            told.update(keys)
+            self._report(
+                Residency.STORED, segment.namespace, b"".join(keys), None if notes is None else notes.only(fresh)
+            )
             self._bound(segment)
-            return [key for key, _ in new]
+            return [pages[i][0] for i in new]
 
     def forget(self, namespace: bytes, keys: Iterable[bytes], only: Segment | None = None) -> list[Segment]:
         """These pages are not there any more, or no good. only: as far as they are in this segment.
@@ -198,4 +204,4 @@ class Catalog:
         if told:
             removed = [key for key in keys if key in told]
             told.difference_update(removed)
-            self._report(Residency.REMOVED, namespace, b"".join(removed))
+            self._report(Residency.REMOVED, namespace, b"".join(removed), None)

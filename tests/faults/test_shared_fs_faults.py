@@ -279,8 +279,8 @@ def test_what_another_host_removed_is_a_miss_and_is_reported(tier: Open, tmp_pat
     writer, reader = tier(share), tier(share, refresh=3600)
     heard: list[tuple[Residency, int]] = []
     others: list[Residency] = []
-    writer.on_residency(lambda change, _, keys: heard.append((change, len(keys) // 32)))
-    reader.on_residency(lambda change, _, keys: others.append(change))
+    writer.on_residency(lambda change, _, keys, __: heard.append((change, len(keys) // 32)))
+    reader.on_residency(lambda change, _, keys, __: others.append(change))
     assert store(writer) == HITS
     until(lambda: bool(segments(share)), "not published")
     sees(reader)

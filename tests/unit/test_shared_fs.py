@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hicache_ext.config import Config, ConfigError
 from hicache_ext.page import chain_parents
-from storage_backends.base import Residency
+from storage_backends.base import Notes, Residency
 from storage_backends.format import BLOCK, FormatError, UnknownVersion
 from storage_backends.shared_fs.catalog import Catalog, Segment
 from storage_backends.shared_fs.cleaning import Known, Ledger
@@ -109,7 +109,7 @@ def test_an_old_bucket_is_listed_once_and_then_in_turn() -> None:
 
 
 class Heard(list[tuple[Residency, bytes]]):
-    def __call__(self, change: Residency, _: bytes, keys: bytes) -> None:
+    def __call__(self, change: Residency, _: bytes, keys: bytes, __: Notes | None) -> None:
         self.extend((change, keys[i : i + 32]) for i in range(0, len(keys), 32))
 
 
