@@ -13,6 +13,7 @@ crash of the server itself loses, without `fsync`, fails its checksums and is a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -175,10 +176,8 @@ class SegmentWriter:
         try:
             if not kept:
                 raise _Empty
-            index = self._index(current, kept)
-            name = str(index.name)
+            name = str(self._finish(current, kept).name)
             final = str(Path(temporary).with_name(name))
-            self._write_index(current, index)
             fd, current.fd = current.fd, -1
             os.close(fd)  # an error of a delayed write is said here
             self._catalog.rename(segment, name)
@@ -201,6 +200,20 @@ class SegmentWriter:
             with self._lock:
                 self._unfinished.discard(current)
 
+    def _finish(self, current: OpenSegment, kept: dict[int, tuple[bytes, bytes]]) -> SegmentIndex:
+        """Write the index. On a share that is full the last page makes room for it."""
+        index = self._index(current, kept)
+        try:
+            self._write_index(current, index)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(kept) == 1:
+                raise
+            key, _ = kept.pop(max(kept))
+            self._catalog.forget(current.segment.namespace, [key], current.segment)
+            index = self._index(current, kept)
+            self._write_index(current, index)
+        return index
+
     def _index(self, current: OpenSegment, kept: dict[int, tuple[bytes, bytes]]) -> SegmentIndex:
         at = sorted(kept)
         born, ident = current.segment.born
@@ -212,12 +225,13 @@ class SegmentWriter:
 
     def _write_index(self, current: OpenSegment, index: SegmentIndex) -> None:
         raw, name = index.encode(), index.name
+        os.ftruncate(current.fd, name.index_at)  # what is behind the last good slot, such as half of one
         memory = OwnedMemory(len(raw))
         memory.view[: len(raw)] = raw
         moved = move(current.fd, name.index_at, np.array([[memory.address, len(raw)]], np.uint64), True)
         if moved < len(raw):
-            raise OSError(-moved if moved < 0 else 5, os.strerror(-moved) if moved < 0 else "a short write")
-        os.ftruncate(current.fd, name.size)  # slots behind the last good one
+            code = -moved if moved < 0 else errno.ENOSPC
+            raise OSError(code, os.strerror(code))
         if self._fsync:
             os.fsync(current.fd)
 

@@ -321,16 +321,15 @@ def test_damage_is_a_miss_everywhere_and_healed_by_a_write(tier: Open, tmp_path:
             raw.clear()
     file.write_bytes(raw)
     second = tier(share)
-    second.lookup(key_batch(SPACE, KEYS))
-    time.sleep(0.2)
-    second.lookup(key_batch(SPACE, KEYS))
-    outcomes = served(second)
     if where in ("slot header", "payload"):
-        assert outcomes == [*HITS[:2], Outcome.CORRUPT, *HITS[3:]]
-        assert second.lookup(key_batch(SPACE, KEYS)).tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
+        sees(second)
+        outcomes = served(second)
+        assert sorted(outcomes) == [*HITS[1:], Outcome.CORRUPT]
+        assert second.lookup(key_batch(SPACE, KEYS)).tolist() == [outcome == Outcome.HIT for outcome in outcomes]
         assert second.stats()["corrupt"] == 1
     else:
-        assert outcomes == [Outcome.MISS] * 8
+        until(lambda: (second.lookup(key_batch(SPACE, KEYS)), second.stats()["damaged"] == 1)[1], "not given up")
+        assert served(second) == [Outcome.MISS] * 8
     recovers(second)
     until(lambda: len(segments(share)) == 2, "the healing write is a segment of its own")
     third = tier(share)
@@ -420,7 +419,7 @@ def test_nothing_is_written_below_a_mount_point_without_its_mount(tier: Open, tm
 
 
 def test_a_share_that_is_full(tier: Open, small_share: Path) -> None:
-    backend = tier(small_share / "s", linger=0.5)
+    backend = tier(small_share / "s", linger=30)
     outcomes: list[Outcome] = []
     kept = []
     for turn in range(40):
@@ -431,8 +430,9 @@ def test_a_share_that_is_full(tier: Open, small_share: Path) -> None:
     assert backend.stats()["state"] == "disk full"
     until(lambda: not temporaries(small_share / "s"), "an unfinished segment stayed")
     last = served(backend, kept)
-    assert last.count(Outcome.HIT) > 100
     assert set(last) <= {Outcome.HIT, Outcome.MISS}
+    assert last.count(Outcome.MISS) <= 2, "the last page makes room for the index"
+    assert len(kept) > 100
     for file in segments(small_share / "s"):
         file.unlink()
     recovers(backend)
