@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -557,7 +556,7 @@ def test_a_share_that_hangs_and_comes_back(tier: Open, disk: Disk) -> None:
     backend, closing = tier(disk.path / "s", timeout=0.5, threads=2), tier(disk.path / "s", timeout=0.5)
     recovers(backend)
     sees(closing)
-    os.kill(disk.pid, signal.SIGSTOP)
+    disk.hang()
     try:
         pool, more = HostPool(SPACE, 8), HostPool(SPACE, 4)
         pool.poison()
@@ -574,7 +573,7 @@ def test_a_share_that_hangs_and_comes_back(tier: Open, disk: Disk) -> None:
         closing.close()
         assert time.monotonic() - began < 8
     finally:
-        os.kill(disk.pid, signal.SIGCONT)
+        disk.go_on()
     for completion in (*begun, also):
         assert set(completion.result(30)) <= {Outcome.HIT, Outcome.TIMEOUT, Outcome.FAILED}
     recovers(backend)
