@@ -6,19 +6,20 @@ Belongs here: who leads and who follows. Does not belong here: what travels wher
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
 
+from hicache_ext.page import split_keys
 from hicache_ext.store.copies import copy_pages
 from storage_backends.base import Completion, Outcome, PageBatch
 
 
-@dataclass
-class _Flight:
-    """`batch` and `page` say where the leader's bytes will be."""
+class _Lead:
+    """A batch that moves pages. followers: of these keys, by key, where else they are wanted."""
 
-    batch: PageBatch
-    page: int
-    followers: list[tuple[PageBatch, int, Completion]] = field(default_factory=list)
+    __slots__ = ("batch", "followers")
+
+    def __init__(self, batch: PageBatch) -> None:
+        self.batch = batch
+        self.followers: dict[bytes, list[tuple[PageBatch, int, Completion]]] = {}
 
 
 class Flights:
@@ -27,34 +28,41 @@ class Flights:
     def __init__(self, copies: bool) -> None:
         """copies: followers get the leader's bytes (reads), not only its outcome (writes)."""
         self._copies = copies
-        self._flights: dict[tuple[bytes, bytes], _Flight] = {}
+        self._leads: dict[bytes, dict[bytes, _Lead]] = {}  # by namespace and key
         self._lock = threading.Lock()
 
     def begin(self, batch: PageBatch, result: Completion) -> list[int]:
         """The batch's pages that the caller has to move; `result` follows the flights of the others."""
-        leading = []
-        namespace = batch.namespace.digest
+        keys = split_keys(batch.keys)
+        lead = _Lead(batch)
         with self._lock:
-            for page in range(len(batch)):
-                flight = self._flights.get((namespace, batch.key(page)))
-                if flight is not None:
-                    flight.followers.append((batch, page, result))
-                else:
-                    self._flights[namespace, batch.key(page)] = _Flight(batch, page)
+            leads = self._leads.setdefault(batch.namespace.digest, {})
+            if leads.keys().isdisjoint(keys):
+                leads.update(dict.fromkeys(keys, lead))
+                return list(range(len(keys)))
+            leading = []
+            for page, key in enumerate(keys):
+                if leads.setdefault(key, lead) is lead:
                     leading.append(page)
-        return leading
+                else:
+                    leads[key].followers.setdefault(key, []).append((batch, page, result))
+            return leading
 
     def end(self, batch: PageBatch, pages: list[int], outcomes: bytes | bytearray) -> None:
         """These pages of a leader have arrived. Before its completion says so: its buffers are copied from here."""
-        namespace = batch.namespace.digest
+        keys = split_keys(batch.keys)
+        landed = []
         with self._lock:
-            landed = []
+            leads = self._leads.get(batch.namespace.digest, {})
             for page, outcome in zip(pages, outcomes, strict=True):
-                flight = self._flights.get((namespace, batch.key(page)))
-                if flight is not None and flight.batch is batch and flight.page == page:
-                    del self._flights[namespace, batch.key(page)]
-                    if flight.followers:
-                        landed.append((page, outcome, flight.followers))
+                key = keys[page]
+                lead = leads.get(key)
+                if lead is not None and lead.batch is batch:
+                    del leads[key]
+                    if key in lead.followers:
+                        landed.append((page, outcome, lead.followers.pop(key)))
+            if not leads:
+                self._leads.pop(batch.namespace.digest, None)
         for page, outcome, followers in landed:
             for theirs, their_page, their_result in followers:
                 copied = outcome != Outcome.HIT or not self._copies or copy_pages(batch, [page], theirs, [their_page])

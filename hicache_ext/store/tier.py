@@ -156,16 +156,16 @@ class Tier:
     def account(self, what: str, outcomes: bytes | bytearray) -> None:
         """One batch's outcomes: counters, and health: a batch with no good page and a bad one is a bad batch."""
         health = self.reads if what == "read" else self.writes
+        met = {outcome: number for outcome in Outcome if (number := outcomes.count(outcome))}
         with self._lock:
-            for value, number in zip(*np.unique(np.frombuffer(bytes(outcomes), np.uint8), return_counts=True),
-                                     strict=True):  # fmt: skip
-                self.counts[f"{what}_{Outcome(int(value)).name.lower()}"] += int(number)
-        bad = [Outcome(value) for value in outcomes if value in _BAD]
-        if bad and Outcome.HIT not in outcomes:
+            for outcome, number in met.items():
+                self.counts[f"{what}_{outcome.name.lower()}"] += number
+        bad = [outcome for outcome in met if outcome in _BAD]
+        if bad and Outcome.HIT not in met:
             if health.bad(time.monotonic(), f"{what}: {bad[0].name.lower()}"):
                 logger.warning(
                     "tier %s: unhealthy for %ss after repeated failures (%s); requests go on without it",
                     self.name, what, bad[0].name.lower(),
                 )  # fmt: skip
-        elif Outcome.HIT in outcomes and health.good():
+        elif Outcome.HIT in met and health.good():
             logger.warning("tier %s: healthy again for %ss", self.name, what)
