@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import uuid
@@ -17,6 +18,7 @@ from storage_backends.local import LocalBackend
 from storage_backends.memory import MemoryBackend
 from storage_backends.shared_fs import SharedFsBackend
 from tests.devices import blank_device
+from tests.fuse import fuse_disk
 from tests.mooncake_server import MooncakeServer, mooncake_server
 from tests.netns import Network
 from tests.pages import HostPool, chain, key_batch, namespace
@@ -94,8 +96,12 @@ def _mooncake(_: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int =
     return MooncakeBackend(MooncakeBackend.Options.model_validate(options), dispatcher)
 
 
-def _shared_fs(**more: object) -> Callable[..., Backend]:
+def _shared_fs(faults: dict[str, object] | None = None, **more: object) -> Callable[..., Backend]:
     def open_share(path: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+        if faults is not None:
+            disk = stack.enter_context(fuse_disk(path))
+            disk.plan.write_text(json.dumps(faults))
+            path = disk.path
         if "seal_key_env" in more:
             pytest.importorskip("cryptography")
         stack.enter_context(pytest.MonkeyPatch.context()).setenv("HICACHE_EXT_TEST_KEY", "0f" * 32)
@@ -104,6 +110,9 @@ def _shared_fs(**more: object) -> Callable[..., Backend]:
 
     return open_share
 
+
+#: Of a share: one transfer in three is answered after others that came later.
+LATE = {"fault": "delay", "seconds": [0, 0.02], "probability": 0.3}
 
 BACKENDS = {
     "memory": _memory,
@@ -119,6 +128,7 @@ BACKENDS = {
     "s3": _s3,
     "mooncake": _mooncake,
     "shared-fs": _shared_fs(),
+    "shared-fs-late": _shared_fs({"read": [LATE], "write": [LATE]}),
     "shared-fs-buffered": _shared_fs(direct=False),
     "shared-fs-sealed": _shared_fs(seal_key_env="HICACHE_EXT_TEST_KEY"),
 }
