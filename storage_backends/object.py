@@ -28,7 +28,7 @@ import time
 import numpy as np
 
 from hicache_ext.page import Namespace
-from storage_backends.base import Buffers, Outcome, PageBatch
+from storage_backends.base import Buffers, Notes, Outcome, PageBatch
 from storage_backends.checksum import chunk_crcs
 from storage_backends.format import VERSION, FormatError, SlotHeader, SlotHeaders, SlotShape, seal_header
 from storage_backends.seal import Seal
@@ -116,6 +116,19 @@ class ObjectFormat:
         if found.lengths != self.namespace.layout.buffer_lengths:
             return Outcome.CORRUPT
         return Outcome.HIT if np.array_equal(crcs, found.crcs) else Outcome.CORRUPT
+
+    def notes(self, head: bytearray) -> Notes | None:
+        """What the head of a page that passed `verify` keeps for KV events; a sealed one's stays sealed."""
+        if self._seal is not None:
+            return None
+        try:
+            found = SlotHeader.decode(head, self._step)
+        except FormatError:
+            return None
+        if found.tokens is None or not found.event_hash:
+            return None
+        hashes = np.array([[found.event_hash, found.parent_event_hash]], np.int64)
+        return Notes(found.tokens[None, :], hashes, found.salt, found.lora)
 
     def _addresses(self, batch: PageBatch, page: int) -> np.ndarray:
         return batch.addresses[int(batch.offsets[page]) : int(batch.offsets[page + 1])]

@@ -160,6 +160,9 @@ class ObjectBackend(Backend):
         self.count("bytes_read", group.form.size)
         if group.form.verify(group.batch, page, head) is Outcome.HIT:
             self._presence.seen(digest, [key])
+            notes = None if self._listener is None else group.form.notes(head)
+            if notes is not None:  # another's page, maybe: now its tokens are known here
+                self.report(Residency.STORED, digest, key, notes)
             group.settle(page, Outcome.HIT)
         else:
             group.set_corrupt(page)

@@ -53,6 +53,7 @@ class TierEvents:
         self._convert: Callable[[AnyEvent], Any] | None = None
         self._ready: deque[tuple[int, Any]] = deque()  # blocks, and SGLang's event of them
         self._made = self._moved = 0  # blocks that were ever made ready, and taken or thrown away again
+        self._full = False
         self._composing = threading.Lock()
         self._attached: _Attached | None = None
         self._adapter: weakref.ref[Any] | None = None
@@ -104,7 +105,8 @@ class TierEvents:
             events.append(event)
             self._moved += blocks
         self.moved += self._moved - before
-        if self._made - self._moved < _READY_BLOCKS // 2:
+        if self._full and self._made - self._moved < _READY_BLOCKS // 2:
+            self._full = False
             self._wake.set()
 
     def attach(self, adapter: Any) -> None:
@@ -115,9 +117,7 @@ class TierEvents:
                 return
             self._detach()
             self._attached = _Attached(adapter, self.announcer, self._wake)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="hicache-events", daemon=True)
-                self._thread.start()
+            self._start()
         self._wake.set()
 
     def detach(self, adapter: Any) -> None:
@@ -133,6 +133,11 @@ class TierEvents:
         if self._attached is not None:
             self._attached.close()
             self._attached = None
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hicache-events", daemon=True)
+            self._thread.start()
 
     def know(self, namespace: bytes, keys: bytes, notes: Notes) -> None:
         """SGLang told what these pages are, whether or not they had to be stored."""
@@ -173,7 +178,8 @@ class TierEvents:
             if self.announcer.quiet:
                 return False
             time.sleep(0)  # the engine's threads first
-        return True
+        self._full = True
+        return False
 
     def _tokens_of(self, keys: Sequence[bytes]) -> list[bytes | None]:
         attached = self._attached

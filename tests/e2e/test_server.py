@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from hicache_ext.cli import tiny_model
 from hicache_ext.cli.demo import Backend, Settings, _environment, launch_line
 from hicache_ext.cli.serving import Server, free_port
 from storage_backends.format import BLOCK, ExtentHeader
+from tests.e2e.router import Router, namespaces
 
 pytestmark = [
     pytest.mark.server,
@@ -54,6 +56,7 @@ class Place:
         self.model = tiny_model.make(root / "model", VOCABULARY)
         self.other_model = tiny_model.make(root / "other", VOCABULARY, seed=1)
         self.truth: dict[str, list[int]] = {}
+        self.namespace = b""  # of the first weights' pages
 
     def set_faults(self, **rules: Any) -> None:
         self.faults.write_text(json.dumps(rules))
@@ -64,7 +67,10 @@ class Place:
 
         return sum(fired_counts(self.faults).values())
 
-    def server(self, name: str, environment: dict[str, str], backend: str = "hicache_ext", **config: Any) -> Server:
+    def server(
+        self, name: str, environment: dict[str, str], backend: str = "hicache_ext", router: Router | None = None,
+        **config: Any,
+    ) -> Server:  # fmt: skip
         values = {
             "prefetch_threshold": PAGE,
             "tiers": [{"type": "local", "path": str(self.tier), "capacity": "2GiB"}],
@@ -74,6 +80,8 @@ class Place:
         path.write_text(yaml.safe_dump(values))
         port = free_port()
         settings = Settings(self.root, Backend.HICACHE_EXT, [], ("--admin-api-key", ADMIN))
+        if router is not None:
+            settings = replace(settings, flags=(*settings.flags, "--kv-events-config", router.config))
         env = {**_environment(settings), "HICACHE_EXT_FAULTS": str(self.faults), **environment}
         line = launch_line(settings, self.model, path, port)
         line[line.index("--hicache-storage-backend") + 1] = backend
@@ -157,8 +165,16 @@ def serve(server: Server) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="class")
-def with_plugin(place: Place) -> Iterator[Client]:
-    yield from serve(place.server("plugin", {}))
+def router() -> Iterator[Router]:
+    """Listens to the server of this class."""
+    found = Router()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="class")
+def with_plugin(place: Place, router: Router) -> Iterator[Client]:
+    yield from serve(place.server("plugin", {}, router=router))
 
 
 class TestWithPlugin:
@@ -187,6 +203,20 @@ class TestWithPlugin:
         assert cached["storage"] > 0
         _, cached = with_plugin.ask(ids)
         assert not any(cached.values()), "a salted page was served without its salt"
+
+    def test_a_router_sees_what_the_tier_holds(self, with_plugin: Client, place: Place, router: Router) -> None:
+        (place.namespace,) = namespaces(place.tier)
+        with_plugin.settle()
+        view = router.becomes_what_is_on(place.tier, place.namespace)
+        assert {salt for _, _, salt in view.values()} == {None, "tenant-a", "tenant-b"}
+        assert len(view) > sum(map(len, PROMPTS.values())) // PAGE
+        assert view.keys() <= router.seen.keys(), "every block was on the device first"
+        clears = router.clears
+        with_plugin.flush()
+        with_plugin.ask(prompt("after a flush", 100))
+        with_plugin.settle()
+        assert view.keys() < router.becomes_what_is_on(place.tier, place.namespace).keys()
+        assert router.clears > clears, "a flush wipes every tier of the rank: all was said again"
 
     def test_sglangs_own_checks(self, with_plugin: Client, monkeypatch: pytest.MonkeyPatch) -> None:
         import unittest
@@ -228,6 +258,10 @@ class TestWithPlugin:
         assert check_outputs(with_plugin, place)["storage"] > 3000, "the next write heals"
         assert with_plugin.log().count("failed verification") == 1, "said once"
 
+    def test_quarantined_pages_are_withdrawn(self, with_plugin: Client, place: Place, router: Router) -> None:
+        with_plugin.settle()
+        router.becomes_what_is_on(place.tier, place.namespace)
+
     def test_failing_and_slow_devices(self, with_plugin: Client, place: Place) -> None:
         rules = [
             {"fault": "errno", "errno": "EIO", "probability": 0.2},
@@ -247,10 +281,14 @@ class TestWithPlugin:
             with_plugin.settle()
         assert check_outputs(with_plugin, place)["storage"] > 3000, "the tier came back by itself"
 
-    def test_detach_and_attach_at_run_time(self, with_plugin: Client, place: Place) -> None:
+    def test_detach_and_attach_at_run_time(self, with_plugin: Client, place: Place, router: Router) -> None:
         with_plugin.flush()
         answer = with_plugin.admin("DELETE", "/hicache/storage-backend")
         assert answer.status_code == 200, answer.text
+        until = time.monotonic() + 30
+        while router.disk() and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not router.disk(), "a tier that is detached holds nothing"
         assert check_outputs(with_plugin, place)["storage"] == 0
         config = {"prefetch_threshold": PAGE, "tiers": [{"type": "local", "path": str(place.tier), "capacity": "2GiB"}]}
         with_plugin.flush()
@@ -263,8 +301,12 @@ class TestWithPlugin:
         )
         assert answer.status_code == 200, answer.text
         assert check_outputs(with_plugin, place)["storage"] > 3000
+        with_plugin.settle()
+        router.becomes_what_is_on(place.tier, place.namespace)
 
-    def test_weights_that_change_never_meet_older_pages(self, with_plugin: Client, place: Place) -> None:
+    def test_weights_that_change_never_meet_older_pages(
+        self, with_plugin: Client, place: Place, router: Router
+    ) -> None:
         def update(model: Path) -> None:
             with_plugin.settle()
             with_plugin.flush()  # SGLang asserts that it can flush after an update: nothing may be on its way
@@ -282,8 +324,13 @@ class TestWithPlugin:
         again, cached = with_plugin.ask(ids)
         assert cached["storage"] > 0
         assert again == other
+        with_plugin.settle()
+        (theirs,) = namespaces(place.tier) - {place.namespace}
+        assert len(router.becomes_what_is_on(place.tier, theirs)) >= len(ids) // PAGE
         update(place.model)
         assert check_outputs(with_plugin, place)["storage"] > 3000, "the first weights' pages are found again"
+        with_plugin.settle()
+        router.becomes_what_is_on(place.tier, place.namespace)
 
     def test_kill_while_writing(self, with_plugin: Client) -> None:
         kill_while_writing(with_plugin, "first")
@@ -311,14 +358,20 @@ def kill_while_writing(client: Client, name: str) -> None:
 
 
 @pytest.fixture(scope="class")
-def failing(place: Place) -> Iterator[Client]:
+def failing(place: Place, router: Router) -> Iterator[Client]:
     place.set_faults()
     plan = place.root / "adapter-faults.json"
     plan.write_text(json.dumps({"failure": 0.2, "delay_ms": 50, "seed": 1}))
-    yield from serve(place.server("failing", {"HICACHE_EXT_ADAPTER_FAULTS": f"@{plan}"}))
+    yield from serve(place.server("failing", {"HICACHE_EXT_ADAPTER_FAULTS": f"@{plan}"}, router=router))
 
 
 class TestAfterAKillWithAFailingAdapter:
+    def test_what_the_tier_holds_from_before_is_announced(self, failing: Client, place: Place, router: Router) -> None:
+        assert failing.server.process is not None
+        view = router.becomes_what_is_on(place.tier, place.namespace)
+        assert len(view) > sum(map(len, PROMPTS.values())) // PAGE
+        assert not router.seen, "nothing was on the device yet"
+
     def test_outputs_stay_right(self, failing: Client, place: Place) -> None:
         from hicache_ext.sglang.inject import injected_counts
 

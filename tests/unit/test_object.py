@@ -80,6 +80,12 @@ def test_tokens_and_hashes_travel() -> None:
     assert header.tokens is not None
     assert header.tokens.tolist() == list(range(16))
     assert (header.event_hash, header.parent_event_hash) == (5, -6)
+    form = ObjectFormat(batch.namespace)
+    notes = form.notes(form.prepare(replace(batch, salt="tenant", lora="adapter"), 0)[0])
+    assert notes is not None
+    assert (notes.tokens.tolist(), notes.hashes.tolist()) == ([list(range(16))], [[5, -6]])
+    assert (notes.salt, notes.lora) == ("tenant", "adapter")
+    assert form.notes(form.prepare(pool.write_batch(KEYS[:1]), 0)[0]) is None
 
 
 def test_a_batch_with_other_buffers_is_a_mistake() -> None:
