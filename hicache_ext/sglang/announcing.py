@@ -41,7 +41,7 @@ _READY_BLOCKS, _MOVED_BLOCKS = 16384, 2048
 _COMPOSED = 128
 #: Pages that are looked over in a turn.
 _LOOKED_OVER = 1024
-_TURN_SECONDS, _BUSY_SECONDS = 0.2, 0.005
+_TURN_SECONDS, _BUSY_SECONDS = 0.2, 0.02
 
 
 class TierEvents:
