@@ -77,17 +77,18 @@ class Folder:
         changed, self.behind = False, True
         for block in self._log.blocks(BLOCK_RECORDS if seconds is None else _PIECE_RECORDS):
             changed = True
-            if not self._forget(index, until):
-                return True
-            taken, damaged, gone = index.apply_log(self.number, block.data, block.at_end and not final)
-            self._log.took(taken)
-            if index.heard is not None:
-                index.heard(self.number, block.data[:taken])
-            self.damaged += damaged
-            for number in gone:
-                extent = self.extents.pop(number, None)
-                if extent is not None:
-                    extent.doom()
+            with self._lock:
+                if not self._forget(index, until):
+                    return True
+                taken, damaged, gone = index.apply_log(self.number, block.data, block.at_end and not final)
+                self._log.took(taken)
+                if index.heard is not None:
+                    index.heard(self.number, block.data[:taken])
+                self.damaged += damaged
+                for number in gone:
+                    extent = self.extents.pop(number, None)
+                    if extent is not None:
+                        extent.doom()
             if until is not None and time.monotonic() >= until and not block.at_end:
                 return True
         changed |= self._log.restarted or self._forgetting
