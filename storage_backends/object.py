@@ -8,7 +8,7 @@ or what follows from a verdict.
              +-------------+----------+----------+-----+
 
     header   as in format.py, generation 0, rounded up to 64 bytes: that of a page of 70,272 bytes has 512 bytes; 4096
-             would be 5 % more to move. A store that wants aligned memory takes another `step`.
+             would be 5 % more to move. A store that wants aligned memory takes another `step` and `pad`.
 
     sealed   +----------------------+-------------------------------------+
              | seal, 64 bytes       | the object above, encrypted          |      (seal.py)
@@ -30,7 +30,7 @@ import numpy as np
 from hicache_ext.page import Namespace
 from storage_backends.base import Buffers, Notes, Outcome, PageBatch
 from storage_backends.checksum import chunk_crcs
-from storage_backends.format import VERSION, FormatError, SlotHeader, SlotHeaders, SlotShape, seal_header
+from storage_backends.format import VERSION, FormatError, SlotHeader, SlotHeaders, SlotShape, round_up, seal_header
 from storage_backends.seal import Seal
 
 __all__ = ["VERSION", "ObjectFormat", "ObjectFormats"]
@@ -42,10 +42,11 @@ _FORMATS = 64
 class ObjectFormat:
     """The objects of one namespace.
 
+    step: the header is a multiple of it. pad: so is the whole object, with zeroes at its end.
     head_bytes: what comes before the first buffer. size: bytes of the whole object.
     """
 
-    def __init__(self, namespace: Namespace, step: int = STEP, seal: Seal | None = None) -> None:
+    def __init__(self, namespace: Namespace, step: int = STEP, seal: Seal | None = None, pad: int = 1) -> None:
         self.namespace = namespace
         layout = namespace.layout
         self._shape = SlotShape.of(layout.buffer_lengths, layout.page_size, step)
@@ -53,7 +54,8 @@ class ObjectFormat:
         self._lengths = np.array(layout.buffer_lengths, np.uint64)
         self._templates: dict[tuple[int | None, str, str], SlotHeaders] = {}
         self.head_bytes = self._shape.header_bytes + (seal.head_bytes if seal else 0)
-        self.size = self.head_bytes + self._shape.payload_bytes
+        self.payload_bytes = self._shape.payload_bytes
+        self.size = round_up(self.head_bytes + self.payload_bytes, pad)
 
     def check(self, batch: PageBatch) -> None:
         """ValueError when the batch's buffers are not its namespace's: a mistake that would cut or mix pages."""
@@ -137,8 +139,8 @@ class ObjectFormat:
 class ObjectFormats:
     """The formats of the namespaces in use, made once each. Thread-safe."""
 
-    def __init__(self, step: int = STEP, seal: Seal | None = None) -> None:
-        self._step, self._seal = step, seal
+    def __init__(self, step: int = STEP, seal: Seal | None = None, pad: int = 1) -> None:
+        self._step, self._seal, self._pad = step, seal, pad
         self._known: dict[bytes, ObjectFormat] = {}
         self._lock = threading.Lock()
 
@@ -149,5 +151,5 @@ class ObjectFormats:
             with self._lock:
                 if len(self._known) >= _FORMATS:
                     self._known.clear()
-                found = self._known[namespace.digest] = ObjectFormat(namespace, self._step, self._seal)
+                found = self._known[namespace.digest] = ObjectFormat(namespace, self._step, self._seal, self._pad)
         return found

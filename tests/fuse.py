@@ -6,9 +6,10 @@ tier makes of it.
 
     python -m tests.fuse MOUNTPOINT PLAN RECORD [synchronous]      until its stdin ends
 
-Faults hit reads and writes of extents (`*.ext`), past the extent's header, and of segments (`*.seg`, `*.tmp`);
-everything else works. Requests are answered late and out of order, as a device with a queue does: what comes while
-others are open is taken in first. All I/O is direct, so that a process's writes arrive here as it made them.
+Faults hit reads and writes of extents (`*.ext`), past the extent's header, of segments (`*.seg`, `*.tmp`) and of
+pages' files (`*.page`); everything else works. Requests are answered late and out of order, as a device with a queue
+does: what comes while others are open is taken in first. All I/O is direct, so that a process's writes arrive here as
+it made them.
 
 The record is every change, in order: one `Event` after another as encoded by `Event.encode`.
 """
@@ -374,7 +375,7 @@ class Server:
 
 
 def _may_fail(node: _Node, offset: int) -> bool:
-    return node.path.endswith((".seg", ".tmp")) or (node.path.endswith(".ext") and offset >= _HEADER_BYTES)
+    return node.path.endswith((".seg", ".tmp", ".page")) or (node.path.endswith(".ext") and offset >= _HEADER_BYTES)
 
 
 def _half(size: int) -> int:

@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage_backends.base import Backend, Completion, Dispatcher, Notes, OptionError, Outcome, Residency
+from storage_backends.base import (
+    Backend,
+    Completion,
+    Dispatcher,
+    Notes,
+    OptionError,
+    Outcome,
+    PageBatch,
+    Residency,
+)
 from storage_backends.local import LocalBackend
 from storage_backends.memory import MemoryBackend
 from storage_backends.shared_fs import SharedFsBackend
@@ -111,6 +120,48 @@ def _shared_fs(faults: dict[str, object] | None = None, **more: object) -> Calla
     return open_share
 
 
+def _nixl(registered: bool) -> Callable[..., Backend]:
+    def open_nixl(path: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+        pytest.importorskip("nixl_cu12")
+        from storage_backends.nixl import NixlBackend
+
+        class Registering(NixlBackend):
+            """Registers the memory of every batch when it comes first, as an engine does with its pools."""
+
+            def read(self, batch: PageBatch) -> Completion:
+                return super().read(self._registered_first(batch))
+
+            def write(self, batch: PageBatch) -> Completion:
+                return super().write(self._registered_first(batch))
+
+            def _registered_first(self, batch: PageBatch) -> PageBatch:
+                if batch.owner.address not in self._known[0]:
+                    self.register_memory(batch.owner.address, batch.owner.size)
+                return batch
+
+        options = {"plugin": "POSIX", "path": path / "pages", "capacity": capacity}
+        kind = Registering if registered else NixlBackend
+        return kind(NixlBackend.Options.model_validate(options), dispatcher)
+
+    return open_nixl
+
+
+def _nixl_objects(path: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 0) -> Backend:
+    pytest.importorskip("nixl_cu12")
+    from storage_backends.nixl import NixlBackend
+    from tests.s3_server import CREDENTIALS, s3_server
+
+    server = s3_server()
+    patch = stack.enter_context(pytest.MonkeyPatch.context())
+    for name, value in CREDENTIALS.items():
+        patch.setenv(name, value)
+    options = {
+        "plugin": "OBJ", "endpoint": f"http://127.0.0.1:{server.port}", "allow_http": True, "bucket": server.bucket(),
+        "timeout": 60,
+    }  # fmt: skip
+    return NixlBackend(NixlBackend.Options.model_validate(options), dispatcher)
+
+
 #: Of a share: one transfer in three is answered after others that came later.
 LATE = {"fault": "delay", "seconds": [0, 0.02], "probability": 0.3}
 
@@ -122,6 +173,9 @@ BACKENDS = {
     "local-two-disks": _local("threads", 2),
     "local-native-three-disks": _local("native", 3),
     "local-device": _device,
+    "nixl": _nixl(registered=False),
+    "nixl-registered": _nixl(registered=True),
+    "nixl-objects": _nixl_objects,
     "redis": _redis(),
     "redis-in-pieces": _redis(lambda port: Proxy(port, piece=1500)),
     "redis-sealed": _redis(seal_key_env="HICACHE_EXT_TEST_KEY"),

@@ -101,8 +101,8 @@ def test_every_example_loads(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     text = path.read_text().replace("/var/cache/hicache-ext", str(tmp_path / "tier")).replace("200GiB", "2MiB")
     for name in re.findall(r"_env: (\w+)", text):
         monkeypatch.setenv(name, "0f" * 32)
-    for module in re.findall(r"type: (redis|s3|mooncake)", text):
-        pytest.importorskip({"redis": "redis", "s3": "obstore", "mooncake": "mooncake"}[module])
+    for module in re.findall(r"type: (redis|s3|mooncake|nixl)", text):
+        pytest.importorskip({"redis": "redis", "s3": "obstore", "mooncake": "mooncake", "nixl": "nixl_cu12"}[module])
     (tmp_path / path.name).write_text(text)
     config = Config.load(tmp_path / path.name)
     assert config.tiers

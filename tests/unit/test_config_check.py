@@ -99,7 +99,7 @@ def test_other_bytes_are_noticed(tmp_path: Path) -> None:
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: What an example's backend needs beside this package: without it, its test is skipped.
-NEEDS = {"redis": "redis", "s3": "obstore", "mooncake": "mooncake", "nixl": "nixl"}
+NEEDS = {"redis": "redis", "s3": "obstore", "mooncake": "mooncake", "nixl": "nixl_cu12"}
 
 
 def adapted(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

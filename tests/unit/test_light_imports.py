@@ -7,7 +7,19 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "sglang", "vllm", "obstore", "redis", "cryptography", "nixl", "mooncake", "liburing", "matplotlib")
+HEAVY = (
+    "torch",
+    "sglang",
+    "vllm",
+    "obstore",
+    "redis",
+    "cryptography",
+    "nixl",
+    "nixl_cu12",
+    "mooncake",
+    "liburing",
+    "matplotlib",
+)
 CORE = (
     "hicache_ext.config",
     "hicache_ext.page",
@@ -18,6 +30,7 @@ CORE = (
     "storage_backends.secrets",
     "storage_backends.object_backend",
     "storage_backends.local.backend",
+    "storage_backends.nixl.backend",
     "hicache_ext.cli.main",
     "hicache_ext.cuda",
     "hicache_ext.sglang.plugin",
