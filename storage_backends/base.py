@@ -390,6 +390,10 @@ class Backend(ABC):
         """Who does the work, by name: libraries and servers with their versions, engines. May ask a server."""
         return {}
 
+    def processes(self) -> list[int]:
+        """Processes that do the backend's work besides this one: their CPU time is its own as well."""
+        return []
+
     def close(self) -> None:
         """Stop and let go of every resource within CLOSE_SECONDS."""
 

@@ -22,11 +22,11 @@ _PASS_BYTES = 512 << 20  # well above any cache: each pass finds it cold
 class Memory:
     """`count` source blocks of random bytes and as many target blocks. pages: "huge" or "4k", as found."""
 
-    def __init__(self, block: int, count: int, huge: bool) -> None:
+    def __init__(self, block: int, count: int, huge: bool, shared: bool = False) -> None:
         self.block, self.count = block, count
         self.size = 2 * block * count
         if huge:
-            owned = OwnedMemory(self.size)
+            owned = OwnedMemory(self.size, shared=shared)
             self.address, self._map = owned.address, owned.map
         else:
             self._map = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -14,12 +14,14 @@ Cases, in this order:
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hicache_ext.bench import io_ticker
@@ -149,6 +151,15 @@ def process_cpu() -> float:
     """User and system seconds of all threads of this process, ended ones and the kernel's I/O workers included."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
+
+
+def cpu_of(pid: int) -> float:
+    """The same of another process, ended threads included; 0 where it is gone."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _case(subject: Subject, case: str, block: int) -> Case:

@@ -4,8 +4,9 @@ Belongs here: opening the tiers of a configuration for a benchmark, and who is m
 here: rounds (tiers_rounds), yardsticks of single types (tiers_<type>), goals (tiers_goals), presentation
 (hicache_ext.cli.bench_tiers).
 
-All subjects of a page size move the same memory, in huge pages where the machine has them. CPU seconds are this
-process's, all threads, or the tool's own; a server's are not in them. Plain clients bring a page into its place as
+All subjects of a page size move the same memory, in huge pages where the machine has them; it is shared memory where a
+tier asks for that. CPU seconds are this process's, all threads, and those of a tier's own processes, or the tool's own;
+a server's are not in them. Plain clients bring a page into its place as
 tiers do, and check nothing.
 """
 
@@ -55,8 +56,10 @@ def run(config: Config, plan: Plan, only: Sequence[str], dead: Sequence[str], sa
         except Exception as error:  # of a disk, a server, or whatever a client raises: the other tiers are measured
             failed.append(f"{what}, {size_name(page)}: {str(error).partition(chr(10))[0]}")
 
+    opened = [config.backend(tier) for tier in range(len(config.tiers))]
+    shared = any(kind.shares_memory(options) for kind, options in opened)
     for page in plan.pages:
-        memory = Memory(page, plan.count(page), huge=True)
+        memory = Memory(page, plan.count(page), huge=True, shared=shared)
         found.append(_checksums(plan, memory))
         for tier in config.tiers:
             if not only or tier.label in only:

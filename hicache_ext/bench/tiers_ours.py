@@ -41,6 +41,9 @@ class OneTier(Subject):
     def remove(self, batch: Batch) -> None:
         self._backend.remove(batch.pages)
 
+    def processes(self) -> list[int]:
+        return self._backend.processes()
+
     def close(self) -> None:
         self._backend.close()
         self._dispatcher.close()
@@ -103,6 +106,9 @@ class Cascade(Subject):
     def settle(self) -> None:
         if not self._dead and not self._store.settled(_SETTLE_SECONDS):
             raise RuntimeError(f"copies for further tiers were not done within {_SETTLE_SECONDS:g} s: {self._state()}")
+
+    def processes(self) -> list[int]:
+        return [pid for tier in self._store.tiers for pid in tier.backend.processes()]
 
     def close(self) -> None:
         self._store.close()

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hicache_ext.bench.io_memory import Memory
-from hicache_ext.bench.io_rounds import process_cpu
+from hicache_ext.bench.io_rounds import cpu_of, process_cpu
 from hicache_ext.page import Namespace, PageLayout, chain_parents
 from storage_backends.base import PageBatch
 
@@ -119,13 +119,21 @@ class Subject(ABC):
     def settle(self) -> None:
         """Wait for what a write left to do in the background: not in its time, but in its CPU seconds."""
 
+    def processes(self) -> list[int]:
+        """Other processes that work for it."""
+        return []
+
+    def cpu(self) -> float:
+        """Seconds, of this process and those."""
+        return process_cpu() + sum(map(cpu_of, self.processes()))
+
     def round(self, case: str, work: Work) -> Taken:
-        before, since = process_cpu(), time.perf_counter()
+        before, since = self.cpu(), time.perf_counter()
         batch_ms = [self._timed(case, batch) for batch in work.batches]
         seconds = time.perf_counter() - since
         if case in _WRITES:
             self.settle()
-        cpu, pages = process_cpu() - before, sum(map(len, work.batches))
+        cpu, pages = self.cpu() - before, sum(map(len, work.batches))
         page_ms = [self._timed(case, single) for single in work.singles]
         if case in _WRITES:
             self.settle()

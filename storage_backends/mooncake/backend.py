@@ -140,6 +140,10 @@ class MooncakeBackend(ObjectBackend):
             ways = {name: self.counts[name] for name in ("direct", "copied")}
         return {**super().stats(), **ways, "starts": self._client.starts}
 
+    def processes(self) -> list[int]:
+        process = self._client.running()
+        return [] if process is None else [process.pid]
+
     def abort(self) -> None:
         self._client.close()
         if self._holder is not None:

@@ -50,7 +50,7 @@ class Process:
         told = {
             "fds": fds,
             "parent": os.getpid(),
-            "host": options.host or _way_to(options.address),
+            "host": options.host or way_to(options.address),
             "metadata": options.metadata,
             "segment": segment,
             "protocol": options.protocol,
@@ -117,6 +117,10 @@ class Process:
             raise RuntimeError(answer["problem"])
         codes: list[int] = answer["codes"]
         return codes
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def alive(self) -> bool:
         return self._process.poll() is None
@@ -264,7 +268,7 @@ def _reach(options: MooncakeOptions) -> None:
         raise Unreachable(f"{options.master}: {error}") from None
 
 
-def _way_to(address: tuple[str, int]) -> str:
+def way_to(address: tuple[str, int]) -> str:
     """This machine's address on the way there."""
     family = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0][0]
     with socket.socket(family, socket.SOCK_DGRAM) as one:

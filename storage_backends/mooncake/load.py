@@ -41,20 +41,24 @@ class Load:
         batch, head_bytes = self._group.batch, self._group.form.head_bytes
         own = slice(int(batch.offsets[page]), int(batch.offsets[page + 1]))
         lengths = batch.lengths[own]
-        head = self._part.take(head_bytes)
-        if head is None:
-            return False
+        payload = int(lengths.sum())
         there = self._regions.there(batch.addresses[own], lengths)
-        if copied or not there.all():
-            room = self._part.take(int(lengths.sum()))
-            if room is None:
-                return False
-            self.through[len(self.pages)] = views(room[0], lengths.tolist())
-            there = self._there(room[0]) + np.cumsum(lengths) - lengths
+        direct = not copied and bool(there.all())
+        # What goes through the window goes in one piece, head and all: each piece is a request of its own over TCP.
+        room = self._part.take(head_bytes if direct else head_bytes + payload)
+        if room is None:
+            return False
+        address, view = room
+        first = int(self._regions.there(np.array([address], np.uint64), np.array([1], np.uint64))[0])
+        if direct:
+            self._at.append([first, *there.tolist()])
+            self._sizes.append([head_bytes, *lengths.tolist()])
+        else:
+            self.through[len(self.pages)] = views(address + head_bytes, lengths.tolist())
+            self._at.append([first])
+            self._sizes.append([head_bytes + payload])
         self.pages.append(page)
-        self.heads.append(head[1])
-        self._at.append([int(self._there(head[0])), *there.tolist()])
-        self._sizes.append([head_bytes, *lengths.tolist()])
+        self.heads.append(view[:head_bytes])
         return True
 
     def fill(self) -> None:
@@ -70,7 +74,3 @@ class Load:
         through = self.through.get(i)
         if through is not None:
             copy(through, self._group.batch.buffers(self.pages[i]))
-
-    def _there(self, address: int) -> np.uint64:
-        found: np.uint64 = self._regions.there(np.array([address], np.uint64), np.array([1], np.uint64))[0]
-        return found
