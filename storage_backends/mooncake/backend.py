@@ -5,7 +5,7 @@ Belongs here: which requests move pages, and what Mooncake's codes mean. Does no
 
 An object's name is `prefix:version:namespace:key`, in hex. A group of pages is one `batch_get_into_multi_buffers` or
 `batch_put_from_multi_buffers`: each page's head from or to the window, its payload from or to where it lies, if that is
-memory that Mooncake's process sees too, or else through the window.
+memory that Mooncake's process sees too, or else through the window, in one piece with its head.
 
 Room is the store's business: what it evicted is a miss, and so is a page whose lease ran out on its way, since its
 place may be another's by then. Memory that this machine gives to the store (`segment`) is held by a process of its own,
@@ -65,11 +65,11 @@ class MooncakeBackend(ObjectBackend):
     @classmethod
     def shares_memory(cls, options: BackendOptions) -> bool:
         assert isinstance(options, MooncakeOptions)
-        return options.direct
+        return options.is_direct
 
     def register_memory(self, address: int, length: int) -> None:
         """Memory that other processes can map is used as it is; pages in any other are copied on their way."""
-        if not self.options.direct:
+        if not self.options.is_direct:
             return
         known = {region.address for region in self._regions}
         new = []

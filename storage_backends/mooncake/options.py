@@ -25,7 +25,8 @@ class MooncakeOptions(ObjectOptions):
     segment: bytes of this machine's memory that are given to the store; 0 where other machines have them.
     replicas: copies of a page in the store, each on another segment.
     buffer: bytes of memory through which pages travel that lie in memory of which Mooncake knows nothing.
-    direct: whether the host pool is made known to Mooncake, so that pages travel from and to it without a copy.
+    direct: whether the host pool is made known to Mooncake, so that pages travel from and to it without a copy. None:
+    with rdma; over tcp each piece of a page is a request of its own, which costs more than the copy into one piece.
     log: a file for what Mooncake itself has to say.
     """
 
@@ -37,9 +38,14 @@ class MooncakeOptions(ObjectOptions):
     segment: ByteSize = ByteSize(0)
     replicas: int = Field(1, ge=1, le=16)
     buffer: ByteSize = ByteSize(128 << 20)
-    direct: bool = True
+    direct: bool | None = None
     log: Path | None = None
     timeout: float = Field(10.0, ge=0.1, le=600)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether pages are moved where they lie."""
+        return self.protocol == "rdma" if self.direct is None else self.direct
 
     @property
     def address(self) -> tuple[str, int]:

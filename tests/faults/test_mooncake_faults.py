@@ -61,7 +61,7 @@ def tier(stack: ExitStack, network: Network) -> Open:
     stack.callback(dispatcher.close)
 
     def open_one(server: MooncakeServer | None = None, **options: Any) -> Backend:
-        values = {"timeout": 20, "buffer": 16 << 20, **options}
+        values = {"timeout": 20, "buffer": 16 << 20, "direct": True, **options}
         if server is not None:
             values["master"] = server.master
         backend = MooncakeBackend(MooncakeBackend.Options.model_validate(values), dispatcher)
