@@ -120,8 +120,12 @@ def _shared_fs(faults: dict[str, object] | None = None, **more: object) -> Calla
     return open_share
 
 
-def _nixl(registered: bool) -> Callable[..., Backend]:
+def _nixl(registered: bool, faults: dict[str, object] | None = None) -> Callable[..., Backend]:
     def open_nixl(path: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+        if faults is not None:
+            disk = stack.enter_context(fuse_disk(path))
+            disk.plan.write_text(json.dumps(faults))
+            path = disk.path
         pytest.importorskip("nixl_cu12")
         from storage_backends.nixl import NixlBackend
 
@@ -174,6 +178,7 @@ BACKENDS = {
     "local-native-three-disks": _local("native", 3),
     "local-device": _device,
     "nixl": _nixl(registered=False),
+    "nixl-late": _nixl(registered=True, faults={"seed": 1, "read": [LATE], "write": [LATE]}),
     "nixl-registered": _nixl(registered=True),
     "nixl-objects": _nixl_objects,
     "redis": _redis(),
