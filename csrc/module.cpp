@@ -1,5 +1,5 @@
 // The Python module hicache_ext._native: argument checks and the release of the GIL, nothing else.
-// The index and the header scan have their own module.cpp.
+// The index, the region of shared memory and the header scan have their own module.cpp.
 //
 // Memory comes in as addresses and lengths, so that one build serves every torch and numpy version;
 // whoever calls keeps the memory alive until the call returns.
@@ -14,6 +14,7 @@
 
 #include "checksum/crc32c.hpp"
 #include "index/module.hpp"
+#include "memory/module.hpp"
 #include "scan/module.hpp"
 
 namespace nb = nanobind;
@@ -110,6 +111,7 @@ NB_MODULE(_native, m) {
     m.def("memcpy_many", &memcpy_many, nb::arg("dst").noconvert(), nb::arg("src").noconvert(),
           nb::arg("lengths").noconvert(), "Copies each source to its destination; they must not overlap.");
     hicache::index::bind(m);
+    hicache::memory::bind(m);
     hicache::scan::bind(m);
     m.def("native_info", &native_info, "What this build holds and what this CPU runs.");
 }

@@ -116,27 +116,39 @@ bool describe(const std::uint8_t* header, std::uint64_t room, std::uint64_t slot
 }
 
 void seal(const SlotShape& shape, std::uint8_t* header, std::span<const std::uint8_t* const> payload) noexcept {
-    std::uint8_t* at = header + kBodyAt + 8 * shape.lengths.size();
+    std::uint8_t* at = header + checksums_at(shape);
     each_chunk(shape, payload, [&](std::uint32_t crc) {
         store(at, crc);
         at += 4;
         return true;
     });
+    seal_header(shape, header);
+}
+
+void seal_header(const SlotShape& shape, std::uint8_t* header) noexcept {
     store(header + kCrcAt, header_crc(header, shape.header_bytes));
 }
 
-Verdict verify(const SlotShape& shape, const std::uint8_t* key, const std::uint8_t* header,
-               std::span<const std::uint8_t* const> payload, std::uint64_t moved) noexcept {
-    if (moved < shape.header_bytes || whole_header(header, shape.header_bytes) == 0) return Verdict::kDamaged;
+std::uint64_t checksums_at(const SlotShape& shape) noexcept { return kBodyAt + 8 * shape.lengths.size(); }
+
+Verdict verify_header(const SlotShape& shape, const std::uint8_t* key, const std::uint8_t* header) noexcept {
+    if (whole_header(header, shape.header_bytes) == 0) return Verdict::kDamaged;
     if (std::memcmp(header + kKeyAt, key, 32) != 0 ||
         std::memcmp(header + kNamespaceAt, shape.name_space.data(), shape.name_space.size()) != 0)
         return Verdict::kOtherPage;
     const std::size_t buffers = shape.lengths.size();
-    if (load<std::uint32_t>(header + kBuffersAt) != buffers ||
-        std::memcmp(header + kBodyAt, shape.lengths.data(), 8 * buffers) != 0 ||
-        moved < shape.header_bytes + shape.payload_bytes())
-        return Verdict::kDamaged;
-    const std::uint8_t* at = header + kBodyAt + 8 * buffers;
+    const bool same = load<std::uint32_t>(header + kBuffersAt) == buffers &&
+                      std::memcmp(header + kBodyAt, shape.lengths.data(), 8 * buffers) == 0;
+    return same ? Verdict::kValid : Verdict::kDamaged;
+}
+
+Verdict verify(const SlotShape& shape, const std::uint8_t* key, const std::uint8_t* header,
+               std::span<const std::uint8_t* const> payload, std::uint64_t moved) noexcept {
+    if (moved < shape.header_bytes) return Verdict::kDamaged;
+    const Verdict header_is = verify_header(shape, key, header);
+    if (header_is != Verdict::kValid) return header_is;
+    if (moved < shape.header_bytes + shape.payload_bytes()) return Verdict::kDamaged;
+    const std::uint8_t* at = header + checksums_at(shape);
     const bool same = each_chunk(shape, payload, [&](std::uint32_t crc) {
         const bool equal = crc == load<std::uint32_t>(at);
         at += 4;

@@ -49,6 +49,15 @@ bool describe(const std::uint8_t* header, std::uint64_t room, std::uint64_t slot
 /// payload: where each of the shape's buffers lies.
 void seal(const SlotShape& shape, std::uint8_t* header, std::span<const std::uint8_t* const> payload) noexcept;
 
+/// As seal, for a header in which the payload's checksums are already.
+void seal_header(const SlotShape& shape, std::uint8_t* header) noexcept;
+
+/// Where the payload's checksums lie in a header of this shape: one u32 for every chunk.
+std::uint64_t checksums_at(const SlotShape& shape) noexcept;
+
+/// Judges a header alone: kValid where it is whole and of the page that was asked for.
+Verdict verify_header(const SlotShape& shape, const std::uint8_t* key, const std::uint8_t* header) noexcept;
+
 /// Judges a slot of which `moved` bytes arrived. key: 32 bytes. Reads no length that it has not checked.
 Verdict verify(const SlotShape& shape, const std::uint8_t* key, const std::uint8_t* header,
                std::span<const std::uint8_t* const> payload, std::uint64_t moved) noexcept;

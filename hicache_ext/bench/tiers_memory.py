@@ -10,6 +10,9 @@ from hicache_ext.bench.tiers_plain import Options, Say, Yardstick
 from hicache_ext.bench.tiers_rounds import Batch, Plan, Subject
 from storage_backends.buffers import OwnedMemory
 
+#: An extent for each process and one kept free, and what pages leave of each.
+_ROOM = 256 << 20
+
 
 class Memmove(Subject):
     """One thread, one `memmove` a page, into and out of memory in huge pages."""
@@ -43,7 +46,8 @@ class Memmove(Subject):
 
 class MemoryYardstick(Yardstick):
     def apart(self, options: Options, token: str, size: int) -> Options:
-        return {**options, "capacity": size}
+        region = f"bench-{token}"[:32] if options.get("region") else ""  # never one that servers are in
+        return {**options, "region": region, "capacity": 2 * size + _ROOM}
 
     def plain(self, options: Any, memory: Memory, plan: Plan, say: Say) -> list[Subject]:
         return [Memmove(memory.block, memory.count + plan.singles)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hicache_ext.config import Config, ConfigError, TierConfig, read_file
-from hicache_ext.doctor import engines, memory, share, software, tier
+from hicache_ext.doctor import engines, memory, share, shared_memory, software, tier
 from hicache_ext.doctor.finding import Finding, error, ok
 from hicache_ext.doctor.isolation import Answer, Call, ask
 from storage_backends.local.engine import PREFERENCE
@@ -29,17 +29,19 @@ def checkup(config: Path | None = None, seconds: float = _SECONDS) -> list[Findi
     """
     places: list[tier.Place] = []
     shares: list[share.SharePlace] = []
+    regions: list[shared_memory.Place] = []
     findings: list[Finding] = []
     if config is None:
         findings.append(ok("configuration", "none given: tiers are not checked (--config FILE)"))
     else:
         (known,) = ask([Call(partial(_places, config), seconds)])
-        places, shares = known.value or ([], [])
+        places, shares, regions = known.value or ([], [], [])
     probes: list[tuple[str, Callable[[], Any], str]] = [
         ("software", software.probe, "python -m pip check"),
         ("memory", memory.probe, "cat /proc/self/status"),
         *[(f"{place.label}: path", partial(tier.probe, place), _HUNG_DISK) for place in places],
         *[(f"{place.label}: path", partial(share.probe, place), _HUNG_DISK) for place in shares],
+        *[(f"{place.label}: memory", partial(shared_memory.probe, place), "cat /proc/meminfo") for place in regions],
     ]
     if config is not None:
         probes.insert(0, ("configuration", partial(configuration, config), _HUNG_DISK))
@@ -68,23 +70,25 @@ def configuration(file: Path) -> list[Finding]:
     return [ok("configuration", f"{file}: valid; tiers, fast to slow: {tiers}")]
 
 
-def _places(file: Path) -> tuple[list[tier.Place], list[share.SharePlace]]:
-    """The local tiers and the shares of a file as far as it can be understood; `configuration` says what is wrong with
-    the rest."""
+def _places(file: Path) -> tuple[list[tier.Place], list[share.SharePlace], list[shared_memory.Place]]:
+    """The local tiers, the shares and the tiers in memory of a file as far as it can be understood; `configuration`
+    says what is wrong with the rest."""
     disks: list[tier.Place] = []
     shares: list[share.SharePlace] = []
+    regions: list[shared_memory.Place] = []
     try:
         listed = read_file(file).get("tiers")
     except ConfigError:
-        return disks, shares
+        return disks, shares, regions
     for values in listed if isinstance(listed, list) else []:
         try:
             chosen = TierConfig.model_validate(values)
             disks += _disks(chosen)
             shares += _shares(chosen)
+            regions += shared_memory.places(chosen)
         except ValueError:
             continue
-    return disks, shares
+    return disks, shares, regions
 
 
 def _shares(chosen: TierConfig) -> list[share.SharePlace]:

@@ -1,4 +1,5 @@
-"""What every backend must do, whatever it is made of. A new backend joins by a line in `BACKENDS`."""
+"""What every backend must do, whatever it is made of. A new backend joins by a line in `BACKENDS`; one that is not ours
+is named on the command line (conftest.py)."""
 
 from __future__ import annotations
 
@@ -25,8 +26,11 @@ from storage_backends.base import (
 )
 from storage_backends.local import LocalBackend
 from storage_backends.memory import MemoryBackend
+from storage_backends.registry import backend_class
 from storage_backends.shared_fs import SharedFsBackend
 from tests.devices import blank_device
+from tests.dictionary import DictionaryBackend
+from tests.dying import neighbours_that_die
 from tests.fuse import fuse_disk
 from tests.mooncake_server import MooncakeServer, mooncake_server
 from tests.netns import Network
@@ -37,8 +41,24 @@ from tests.redis_server import RedisServer
 Opener = Callable[..., Backend]
 
 
-def _memory(_: Path, __: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
-    return MemoryBackend(MemoryBackend.Options.model_validate({"capacity": capacity}), dispatcher)
+def _dictionary(_: Path, __: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+    return DictionaryBackend(DictionaryBackend.Options.model_validate({"capacity": capacity}), dispatcher)
+
+
+def _memory(region: str) -> Callable[..., Backend]:
+    def open_memory(path: Path, _: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+        options = {"capacity": capacity, "region": region, "directory": path / "region"}
+        return MemoryBackend(MemoryBackend.Options.model_validate(options), dispatcher)
+
+    return open_memory
+
+
+def _memory_in_trouble(path: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+    """Other processes of the region are killed in the middle of what they do, one after the other."""
+    capacity = max(capacity, 1 << 30)  # the dying leave extents behind: these must not cost what is asked for here
+    backend = _memory("test")(path, stack, dispatcher, capacity)
+    stack.enter_context(neighbours_that_die(path / "region", capacity))
+    return backend
 
 
 def _local(engine: str, disks: int = 1) -> Callable[..., Backend]:
@@ -170,7 +190,10 @@ def _nixl_objects(path: Path, stack: ExitStack, dispatcher: Dispatcher, capacity
 LATE = {"fault": "delay", "seconds": [0, 0.02], "probability": 0.3}
 
 BACKENDS = {
-    "memory": _memory,
+    "dictionary": _dictionary,
+    "memory": _memory(""),
+    "memory-shared": _memory("test"),
+    "memory-beside-the-dying": _memory_in_trouble,
     "local-threads": _local("threads"),
     "local-liburing": _local("liburing"),
     "local-native": _local("native"),
@@ -193,13 +216,34 @@ BACKENDS = {
 }
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+def _named(name: str, given: str) -> Callable[..., Backend]:
+    """A backend as a configuration names it. given: its options, JSON."""
+
+    def open_named(path: Path, _: ExitStack, dispatcher: Dispatcher, capacity: int = 64 << 20) -> Backend:
+        chosen = backend_class(name)
+        values = {"capacity": capacity} if "capacity" in chosen.Options.model_fields else {}
+        for key, value in json.loads(given).items():
+            values[key] = value.replace("{path}", str(path)) if isinstance(value, str) else value
+        return chosen(chosen.Options.model_validate(values), dispatcher)
+
+    return open_named
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "opener" in metafunc.fixturenames:
+        named = metafunc.config.getoption("--hicache-backend", default=None)
+        metafunc.parametrize("opener", [named] if named else sorted(BACKENDS), indirect=True, scope="function")
+
+
+@pytest.fixture
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
     dispatcher = Dispatcher()
+    named = request.config.getoption("--hicache-backend", default=None)
+    opening = _named(named, request.config.getoption("--hicache-options")) if named else BACKENDS[request.param]
     with ExitStack() as stack:
 
         def open_one(**options: int) -> Backend:
-            backend = BACKENDS[request.param](tmp_path, stack, dispatcher, **options)
+            backend = opening(tmp_path, stack, dispatcher, **options)
             stack.callback(backend.close)
             return backend
 

@@ -94,7 +94,7 @@ def config() -> dict[str, bytes]:
         "yaml": b"\0" + lines.encode(),
         "yaml-anchors": b"\0" + b"tiers:\n- &a {type: memory, capacity: 1MB}\n- <<: *a\n  name: other\n",
         "yaml-errors": b"\0" + b"tiers: [{type: floppy}, {type: memory, capacity: 1XB, odd: 1}]\nodd: 2\n",
-        "yaml-own-class": b"\0" + b"tiers: [{type: 'storage_backends.memory:MemoryBackend', capacity: 2KB}]\n",
+        "yaml-own-class": b"\0" + b"tiers: [{type: 'storage_backends.memory:MemoryBackend', capacity: 2MB}]\n",
         "json": b"\1" + json.dumps(values).encode(),
         "json-empty": b"\1{}",
         "toml": b"\2" + toml.encode(),

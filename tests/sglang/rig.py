@@ -298,11 +298,11 @@ class SharedMemory:
 
 def shared_tier() -> dict[str, Any]:
     """Extra config of a memory tier that outlives its adapter; `SharedMemory.pages` is its content."""
-    from storage_backends.memory import MemoryBackend
+    from tests.dictionary import DictionaryBackend
 
     if "Backend" not in vars(SharedMemory):
 
-        class Backend(MemoryBackend):
+        class Backend(DictionaryBackend):
             def __init__(self, options: Any, dispatcher: Any) -> None:
                 super().__init__(options, dispatcher)
                 self._pages = SharedMemory.pages  # type: ignore[assignment]

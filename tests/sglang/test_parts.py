@@ -17,7 +17,7 @@ from hicache_ext.sglang import identity, inject, seeds, versions, weights
 from hicache_ext.sglang.stats import AdapterStats
 from hicache_ext.sglang.tokens import BATCH_PAGES, TokenNotes
 
-MEMORY = {"tiers": [{"type": "storage_backends.memory:MemoryBackend", "name": "memory"}]}
+MEMORY = {"tiers": [{"type": "tests.dictionary:DictionaryBackend", "name": "memory"}]}
 
 
 def safetensors(path: Path, names: list[str], fill: int = 0) -> None:

@@ -20,8 +20,8 @@ from hicache_ext.bench.tiers_plain import yardstick
 from hicache_ext.bench.tiers_rounds import Batch, Course, Plan, Role, Subject, Taken, percentile, rows, space_of
 from hicache_ext.cli import bench, bench_tiers
 from storage_backends.base import Dispatcher
-from storage_backends.memory import MemoryBackend, MemoryOptions
 from storage_backends.registry import backend_class
+from tests.dictionary import DictionaryBackend, DictionaryOptions
 from tests.redis_server import RedisServer
 
 GIGABYTE = 1_000_000_000
@@ -248,7 +248,7 @@ def test_mistakes_are_one_line(tmp_path: Path, tiers: list[dict[str, Any]], argu
 def test_nothing_is_left_running() -> None:
     before = threading.active_count()
     dispatcher = Dispatcher()
-    subject = OneTier(MemoryBackend(MemoryOptions(), dispatcher), dispatcher, ("write", "read"), False)
+    subject = OneTier(DictionaryBackend(DictionaryOptions(), dispatcher), dispatcher, ("write", "read"), False)
     Course(PLAN, MEMORY, space_of(4096, "t")).run("test", [subject])
     subject.close()
     assert threading.active_count() <= before

@@ -20,19 +20,19 @@ from hicache_ext.store.health import Health
 from hicache_ext.store.late import LateBackend
 from hicache_ext.store.tier import Cost, Promotion, Recent, Tier, Writing
 from storage_backends.base import Backend, Capabilities, Completion, Dispatcher, KeyBatch, Outcome, PageBatch
-from storage_backends.memory import MemoryBackend, MemoryOptions
+from tests.dictionary import DictionaryBackend, DictionaryOptions
 from tests.pages import HostPool, chain, key_batch, namespace
 
 SPACE = namespace((4096, 4096))
 PAGE = 8192
 
 
-class Server(MemoryBackend):
+class Server(DictionaryBackend):
     """A remote store as the cascade meets one: asked over a wire (`knows` is false), held up, wrong or down at will."""
 
     capabilities = Capabilities(persistent=True, shared=True)
 
-    def __init__(self, options: MemoryOptions, dispatcher: Dispatcher) -> None:
+    def __init__(self, options: DictionaryOptions, dispatcher: Dispatcher) -> None:
         super().__init__(options, dispatcher)
         self.open = threading.Event()
         self.open.set()
@@ -62,17 +62,19 @@ class Server(MemoryBackend):
         return np.zeros(len(batch), np.uint8)
 
 
-Make = Callable[..., tuple[TieredStore, MemoryBackend, Server]]
+Make = Callable[..., tuple[TieredStore, DictionaryBackend, Server]]
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
     opened: list[tuple[TieredStore, Server]] = []
 
-    def one(first: int = 1 << 20, behind: int = 64 << 20, **rules: Any) -> tuple[TieredStore, MemoryBackend, Server]:
+    def one(
+        first: int = 1 << 20, behind: int = 64 << 20, **rules: Any
+    ) -> tuple[TieredStore, DictionaryBackend, Server]:
         dispatcher = Dispatcher()
-        near = MemoryBackend(MemoryOptions(capacity=first), dispatcher)  # type: ignore[arg-type]
-        far = Server(MemoryOptions(), dispatcher)
+        near = DictionaryBackend(DictionaryOptions(capacity=first), dispatcher)  # type: ignore[arg-type]
+        far = Server(DictionaryOptions(), dispatcher)
         tiers = [Tier("near", near), Tier("far", far, Health(2, 0.05), Health(2, 0.05), **rules)]
         opened.append((TieredStore(tiers, dispatcher, behind), far))
         return opened[-1][0], near, far
@@ -84,7 +86,7 @@ def make() -> Iterator[Make]:
 
 
 def _holds(backend: Backend, keys: list[bytes]) -> list[int]:
-    return MemoryBackend.lookup(backend, key_batch(SPACE, keys)).tolist()  # type: ignore[arg-type]
+    return DictionaryBackend.lookup(backend, key_batch(SPACE, keys)).tolist()  # type: ignore[arg-type]
 
 
 def _right(store: TieredStore, keys: list[bytes]) -> list[Outcome]:
@@ -279,7 +281,7 @@ def test_a_hung_server_holds_up_nobody_else(make: Make) -> None:
 def test_a_tier_that_is_down_at_the_start_comes_when_it_can() -> None:
     dispatcher = Dispatcher()
     attempts: list[int] = []
-    real = MemoryBackend(MemoryOptions(), dispatcher)
+    real = DictionaryBackend(DictionaryOptions(), dispatcher)
 
     def opening() -> Backend:
         attempts.append(1)
@@ -288,7 +290,9 @@ def test_a_tier_that_is_down_at_the_start_comes_when_it_can() -> None:
         return real
 
     late = LateBackend("far", opening, ConnectionRefusedError("nobody listens"), dispatcher, first=0.01)
-    store = TieredStore([Tier("near", MemoryBackend(MemoryOptions(), dispatcher)), Tier("far", late)], dispatcher)
+    store = TieredStore(
+        [Tier("near", DictionaryBackend(DictionaryOptions(), dispatcher)), Tier("far", late)], dispatcher
+    )
     keys = chain("a", 3)
     assert store.write(HostPool(SPACE, 3).write_batch(keys)).result(5) == [Outcome.HIT] * 3
     assert _right(store, keys) == [Outcome.HIT] * 3
@@ -412,7 +416,7 @@ def test_copies_are_counted_and_memory_is_used_again() -> None:
 
 
 def test_a_completion_that_never_comes_does_not_stop_the_close() -> None:
-    class Stuck(MemoryBackend):
+    class Stuck(DictionaryBackend):
         def write(self, batch: PageBatch) -> Completion:
             return Completion(len(batch), self.dispatcher)
 
@@ -420,7 +424,10 @@ def test_a_completion_that_never_comes_does_not_stop_the_close() -> None:
             pass
 
     dispatcher = Dispatcher()
-    tiers = [Tier("near", MemoryBackend(MemoryOptions(), dispatcher)), Tier("far", Stuck(MemoryOptions(), dispatcher))]
+    tiers = [
+        Tier("near", DictionaryBackend(DictionaryOptions(), dispatcher)),
+        Tier("far", Stuck(DictionaryOptions(), dispatcher)),
+    ]
     store = TieredStore(tiers, dispatcher)
     store.write(HostPool(SPACE, 2).write_batch(chain("a", 2))).result(5)
     closer = threading.Thread(target=store.close, daemon=True)

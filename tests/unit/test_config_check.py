@@ -14,18 +14,18 @@ from typer.testing import CliRunner
 
 from hicache_ext.cli.main import app
 from storage_backends.base import BackendOptions, Completion, Dispatcher, KeyBatch, PageBatch
-from storage_backends.memory import MemoryBackend, MemoryOptions
+from tests.dictionary import DictionaryBackend, DictionaryOptions
 from tests.redis_server import RedisServer
 
 
-class Silent(MemoryBackend):
+class Silent(DictionaryBackend):
     """Its server is not there."""
 
     def __init__(self, options: BackendOptions, dispatcher: Dispatcher) -> None:
         raise ConnectionRefusedError("nobody listens at 127.0.0.1:1")
 
 
-class Dead(MemoryBackend):
+class Dead(DictionaryBackend):
     """Kills its process, as a library with a bug does."""
 
     def lookup(self, batch: KeyBatch) -> np.ndarray:
@@ -34,10 +34,10 @@ class Dead(MemoryBackend):
         os.abort()
 
 
-class Liar(MemoryBackend):
+class Liar(DictionaryBackend):
     """Gives back a byte that nobody stored, as no backend of ours can: it does not verify."""
 
-    Options = MemoryOptions
+    Options = DictionaryOptions
 
     def read(self, batch: PageBatch) -> Completion:
         done = super().read(batch)

@@ -21,12 +21,13 @@ import yaml
 from typer.testing import CliRunner
 
 from hicache_ext.cli.main import app
-from hicache_ext.doctor import Finding, Level, checkup, disk, engines, memory, software, tier
+from hicache_ext.doctor import Finding, Level, checkup, disk, engines, memory, shared_memory, software, tier
 from hicache_ext.doctor.isolation import Call, ask
 from storage_backends.base import Dispatcher
 from storage_backends.direct_io import DirectIo
 from storage_backends.local import LocalBackend, engine_liburing, engine_threads, writer
 from storage_backends.local.engine import PREFERENCE
+from storage_backends.memory.region import Pages, Room
 from tests.pages import HostPool, chain, namespace
 
 #: Imported while whoever runs the tests may: the interpreter itself may lie where nobody cannot read.
@@ -453,3 +454,32 @@ def test_as_nobody_without_privileges() -> None:
 def test_no_finding_without_a_fix() -> None:
     findings: list[Finding] = checkup()
     assert all(finding.fix for finding in findings if finding.level is not Level.OK)
+
+
+@pytest.mark.parametrize(
+    ("processes", "reserved", "room", "pages", "levels", "word"),
+    [
+        (2, 0, 0, Pages.SMALL, ["ok"], "2 processes"),
+        (0, 11 * GIB, 0, Pages.SMALL, ["ok"], "reserved"),
+        (0, 0, 20 * GIB, Pages.TRANSPARENT, ["ok", "ok"], "left"),
+        (0, 0, 20 * GIB, Pages.SMALL, ["ok", "warning"], "left"),
+        (0, GIB, 9 * GIB, Pages.TRANSPARENT, ["error", "ok"], "a group has 9.0GiB left"),
+    ],
+)
+def test_a_memory_tier(processes: int, reserved: int, room: int, pages: Pages, levels: list[str], word: str) -> None:
+    place = shared_memory.Place("ram", 10 * GIB, "hicache", Path("/nowhere"))
+    findings = shared_memory.judge(place, processes, reserved, Room(room, "a group"), pages)
+    assert [finding.level.value for finding in findings] == levels
+    assert word in findings[0].text
+    assert all(finding.fix for finding in findings if finding.level is not Level.OK)
+
+
+def test_a_memory_tier_of_a_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        yaml.safe_dump({"tiers": [{"type": "memory", "name": "ram", "capacity": "3TiB", "region": "none"}]})
+    )
+    findings = {finding.name: finding for finding in checkup(file)}
+    assert findings["configuration"].level is Level.OK
+    assert findings["ram: memory"].level is Level.ERROR
+    assert "lower `capacity` to less than" in findings["ram: memory"].fix

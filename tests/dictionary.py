@@ -1,4 +1,4 @@
-"""A tier in this process's memory: the smallest honest backend, and the one to read before writing another.
+"""A tier of Python's own objects, for tests that look into a backend or change what it does.
 
 It keeps pages as bytes with a checksum, evicts the least recently used when full, and forgets everything at exit.
 """
@@ -31,21 +31,21 @@ from storage_backends.checksum import crc32c
 _NEARLY_FULL = 0.9
 
 
-class MemoryOptions(BackendOptions):
+class DictionaryOptions(BackendOptions):
     """capacity: bytes of payload kept ("2GiB")."""
 
     capacity: ByteSize = ByteSize(1 << 30)
 
 
-class MemoryBackend(BlockingBackend):
+class DictionaryBackend(BlockingBackend):
     """Pages in a dictionary, least recently used first."""
 
-    Options = MemoryOptions
+    Options = DictionaryOptions
     foresees = True
     capabilities = Capabilities(persistent=False, shared=False, medium="CPU", knows=True)
-    options: MemoryOptions
+    options: DictionaryOptions
 
-    def __init__(self, options: MemoryOptions, dispatcher: Dispatcher) -> None:
+    def __init__(self, options: DictionaryOptions, dispatcher: Dispatcher) -> None:
         super().__init__(options, dispatcher)
         self._pages: OrderedDict[tuple[bytes, bytes], tuple[bytearray, int]] = OrderedDict()
         self._lock = threading.Lock()

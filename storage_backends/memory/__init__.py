@@ -1,0 +1,5 @@
+"""`memory`: a tier in this machine's DRAM that the processes of one user share."""
+
+from storage_backends.memory.backend import MemoryBackend, MemoryOptions
+
+__all__ = ["MemoryBackend", "MemoryOptions"]

@@ -1,0 +1,381 @@
+"""A tier in this machine's DRAM that the processes of one user share: what one stores, all of them read.
+
+Belongs here: the contract, over a region's pages. Does not belong here: the region (csrc/memory: verification, room,
+many processes without a lock), its memory (region.py), who shares it (sharers.py), or what is announced (told.py).
+
+A copy costs the same wherever it runs, so a batch is cut into parts for a few threads, each one call without the GIL.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ByteSize, Field
+
+from hicache_ext.page import KEY_BYTES, NAMESPACE_BYTES, Namespace
+from storage_backends.base import (
+    CLOSE_SECONDS,
+    Backend,
+    BackendOptions,
+    Capabilities,
+    Completion,
+    Dispatcher,
+    KeyBatch,
+    OptionError,
+    Outcome,
+    PageBatch,
+    ResidencyListener,
+)
+from storage_backends.format import SlotHeaders, SlotShape
+from storage_backends.memory.region import Memory, make
+from storage_backends.memory.sharers import Sharers
+from storage_backends.memory.told import Told
+
+try:
+    from hicache_ext import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+_PART_BYTES = 1 << 20
+_SWEEP_SECONDS = 0.5
+_FORMS = 64
+
+
+class Verdict(IntEnum):
+    """What a region says of a page (csrc/memory/region.hpp)."""
+
+    ABSENT = 1
+    VALID = 2
+    CHANGED = 3
+    DAMAGED = 4
+    STORED = 5
+    PRESENT = 6
+    NO_ROOM = 7
+
+
+OUTCOMES = {
+    Verdict.ABSENT: Outcome.MISS,
+    Verdict.VALID: Outcome.HIT,
+    Verdict.CHANGED: Outcome.MISS,
+    Verdict.DAMAGED: Outcome.CORRUPT,
+    Verdict.STORED: Outcome.HIT,
+    Verdict.PRESENT: Outcome.HIT,
+    Verdict.NO_ROOM: Outcome.REJECTED,
+}
+
+
+class MemoryOptions(BackendOptions):
+    """capacity: bytes for pages ("64GiB"), taken as they fill; of a region that is there already, its own counts.
+    region: name under which other processes of this user find the same pages; empty: this process's alone.
+    directory: where they meet; containers that share a region share this folder.
+    threads: copies at the same time.
+    """
+
+    capacity: ByteSize = Field(default=ByteSize(1 << 30), ge=1 << 18, le=1 << 42)
+    region: str = Field("", pattern=r"^[A-Za-z0-9_-]{0,32}$")
+    directory: Path = Field(default_factory=lambda: Path(f"/dev/shm/hicache-ext-{os.geteuid()}"))
+    threads: int = Field(4, ge=1, le=64)
+
+
+class MemoryBackend(Backend):
+    """Pages in a region of memory."""
+
+    Options = MemoryOptions
+    foresees = True
+    options: MemoryOptions
+
+    def __init__(self, options: MemoryOptions, dispatcher: Dispatcher) -> None:
+        super().__init__(options, dispatcher)
+        self._sharers: Sharers | None = None
+        if options.region:
+            new = partial(self._new_memory, options)
+            self._sharers = Sharers(options.directory, options.region, new, partial(_format, options))
+            self._memory: Memory | None = self._sharers.memory
+        else:
+            self._memory = self._new_memory(options)
+            _format(options, self._memory)
+        try:
+            self._region: Any = self._open(self._memory)
+        except BaseException:
+            self._leave()
+            raise
+        self.pages = self._memory.pages
+        self.capacity: int = self._region.capacity
+        # EXTERNAL to routers, though it is DRAM: the engine reports its own host pool as CPU, and a page that goes here
+        # must not count as gone there.
+        self.capabilities = Capabilities(
+            persistent=False, shared=bool(options.region), max_page_bytes=self._region.largest_page,
+            medium="EXTERNAL", knows=True,
+        )  # fmt: skip
+        self._forms: dict[bytes, _Form] = {}
+        self._told = Told(self.report, self._look)
+        self._counts = {"stored": 0, "present": 0, "rejected": 0, "errors": 0}
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+        self._closing = threading.Event()
+        self._ticker: threading.Thread | None = None
+        self._pid = os.getpid()
+        self._pool = ThreadPoolExecutor(options.threads, "memorybackend")
+        self._say_what_it_is()
+
+    @classmethod
+    def check(cls, options: BackendOptions) -> None:
+        if _native is None:
+            raise OptionError(
+                "type", "memory", "needs the compiled part of hicache-ext, which this install lacks",
+                "install a C++ compiler and then hicache-ext again",
+            )  # fmt: skip
+
+    # ---- opening
+
+    @staticmethod
+    def _new_memory(options: MemoryOptions) -> Memory:
+        MemoryBackend.check(options)
+        extents, _, _, size = _native.region_layout(options.capacity)
+        assert extents, "the options' limits are the layout's"
+        return make(options.region, size, options.capacity)
+
+    def _open(self, memory: Memory) -> Any:
+        problem = _native.region_problem(memory.address, memory.size)
+        if problem:
+            raise OptionError(
+                "region", self.options.region, f"is held by processes of another version of hicache-ext ({problem})",
+                "use one version for all of them, or another `region`",
+            )  # fmt: skip
+        sharers = self._sharers
+        locks, number = (-1, 1) if sharers is None else (sharers.fd, sharers.number)
+        return _native.Region(memory.address, memory.size, memory.fd, locks, number, memory)
+
+    def _leave(self) -> None:
+        if self._sharers is not None:
+            self._sharers.close()
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+    def _say_what_it_is(self) -> None:
+        sharers, options = self._sharers, self.options
+        others = len(sharers.alive()) - 1 if sharers is not None else 0
+        logger.info(
+            "memory: %s of %s, %s, %s", ByteSize(self.capacity).human_readable(), self.pages,
+            f"region {options.region!r} of user {os.geteuid()}" if options.region else "this process's alone",
+            f"found with {others} other processes" if others else "new",
+        )  # fmt: skip
+        if sharers is not None and not sharers.first and abs(self.capacity - options.capacity) > self.capacity / 10:
+            logger.warning(
+                "memory: region %r has %s, not the %s of this process's `capacity`; it keeps its size until all leave",
+                options.region, ByteSize(self.capacity).human_readable(), options.capacity.human_readable(),
+            )  # fmt: skip
+
+    # ---- the contract
+
+    def lookup(self, batch: KeyBatch) -> np.ndarray:
+        return self._look(batch.namespace.digest, batch.keys, used=True)
+
+    def lookup_local(self, batch: KeyBatch) -> np.ndarray:
+        return self._look(batch.namespace.digest, batch.keys)
+
+    def read(self, batch: PageBatch) -> Completion:
+        return self._in_parts(batch, self._read, Outcome.MISS)
+
+    def write(self, batch: PageBatch) -> Completion:
+        return self._in_parts(batch, self._write, Outcome.REJECTED)
+
+    def remove(self, batch: KeyBatch) -> int:
+        region = self._region
+        if region is None:
+            return 0
+        were = np.zeros(len(batch), np.uint8)
+
+        def remove() -> np.ndarray:
+            region.remove(batch.namespace.digest, batch.keys, were)
+            return were
+
+        return self._told.removed(batch.namespace.digest, batch.keys, remove)
+
+    def going(self, most: int) -> list[tuple[bytes, bytes]]:
+        region = self._region
+        found = region.going(most) if region is not None else b""
+        spaces: dict[bytes, list[bytes]] = {}
+        step = NAMESPACE_BYTES + KEY_BYTES
+        for at in range(0, len(found), step):
+            spaces.setdefault(found[at : at + NAMESPACE_BYTES], []).append(found[at + NAMESPACE_BYTES : at + step])
+        return [(digest, b"".join(keys)) for digest, keys in spaces.items()]
+
+    def clear(self, namespaces: Iterable[Namespace]) -> None:
+        region = self._region
+        if region is not None:
+            for namespace in namespaces:
+                region.clear(namespace.digest)
+            self._told.sweep(region.changes())
+
+    def on_residency(self, listener: ResidencyListener | None) -> None:
+        super().on_residency(listener)
+        if listener is not None and self._sharers is not None and self._ticker is None:
+            self._ticker = threading.Thread(target=self._sweep_for_ever, name="hicache-memory-sweep", daemon=True)
+            self._ticker.start()
+
+    def stats(self) -> Mapping[str, int | float | str]:
+        """pages, bytes, free_extents: the region's; the other numbers are this process's."""
+        region, sharers = self._region, self._sharers
+        if region is None:
+            return {"pages": 0, "bytes": 0}
+        with self._lock:
+            counts = dict(self._counts)
+        processes = 1 if sharers is None else len(sharers.alive()) + 1
+        return {**region.counts(), "huge_pages": str(self.pages), "processes": processes, **counts}
+
+    def close(self) -> None:
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._pool.shutdown(wait=False, cancel_futures=False)  # queued parts settle as TIMEOUT
+        until = time.monotonic() + CLOSE_SECONDS - 1
+        for thread in list(self._pool._threads):
+            thread.join(max(0.0, until - time.monotonic()))
+        region, self._region = self._region, None
+        if region is not None:
+            region.retire()
+        self._leave()
+
+    # ---- parts of a batch
+
+    def _in_parts(self, batch: PageBatch, move: Any, gone: Outcome) -> Completion:
+        form = self._form(batch.namespace)
+        form.check(batch)
+        if self._region is None or os.getpid() != self._pid:  # a forked child has none of the threads
+            return Completion.finished(len(batch), gone)
+        completion = Completion(len(batch), self.dispatcher)
+        least = -(-_PART_BYTES // form.shape.payload_bytes)
+        step = max(least, -(-len(batch) // self.options.threads))
+        for first in range(0, len(batch), step):
+            self._pool.submit(self._run, move, form, batch, first, min(first + step, len(batch)), completion)
+        return completion
+
+    def _run(self, move: Any, form: _Form, batch: PageBatch, first: int, last: int, completion: Completion) -> None:
+        pages = range(first, last)
+        region = self._region
+        if completion.cancelled.is_set() or self._closing.is_set() or region is None:
+            completion.settle_many(pages, [Outcome.TIMEOUT] * len(pages))
+            return
+        verdicts = np.zeros(len(pages), np.uint8)
+        try:
+            move(region, form, batch, pages, verdicts)
+            outcomes = [OUTCOMES[Verdict(verdict)] for verdict in verdicts.tolist()]
+        except Exception as error:  # a defect of ours costs these pages only
+            self._count("errors", 1)
+            self._once("error", "memory: %s", error)
+            outcomes = [Outcome.FAILED] * len(pages)
+        completion.settle_many(pages, outcomes)
+
+    def _read(self, region: Any, form: _Form, batch: PageBatch, pages: range, verdicts: np.ndarray) -> None:
+        keys, addresses = form.part(batch, pages)
+        region.read(
+            batch.namespace.digest, form.shape.header_bytes, form.lengths, keys, addresses, batch.used, verdicts
+        )
+        damaged = np.flatnonzero(verdicts == Verdict.DAMAGED)
+        if len(damaged):
+            key = keys[damaged[0] * KEY_BYTES : (damaged[0] + 1) * KEY_BYTES]
+            self._once(
+                "corrupt", "memory: page %s failed its verification: a miss, and healed by the next write", key.hex()
+            )
+            self._told.sweep(region.changes())
+
+    def _write(self, region: Any, form: _Form, batch: PageBatch, pages: range, verdicts: np.ndarray) -> None:
+        keys, addresses = form.part(batch, pages)
+        headers = form.headers(batch, pages)
+        digest = batch.namespace.digest
+        region.write(digest, form.shape.header_bytes, form.lengths, keys, addresses, headers, verdicts)
+        self._count("present", int((verdicts == Verdict.PRESENT).sum()))
+        self._count("rejected", int((verdicts == Verdict.NO_ROOM).sum()))
+        new = np.flatnonzero(verdicts == Verdict.STORED).tolist()
+        self._count("stored", len(new))
+        if self._listener is not None:
+            self._told.sweep(region.changes())
+            notes = None if batch.notes is None else batch.notes.only([pages.start + i for i in new])
+            self._told.stored(digest, [keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in new], notes)
+
+    def _look(self, digest: bytes, keys: bytes, used: bool = False) -> np.ndarray:
+        region, found = self._region, np.zeros(len(keys) // KEY_BYTES, np.uint8)
+        if region is not None:
+            region.lookup(digest, keys, used, found)
+        return found
+
+    def _form(self, namespace: Namespace) -> _Form:
+        form = self._forms.get(namespace.digest)
+        if form is None:
+            if len(self._forms) >= _FORMS:
+                self._forms.clear()
+            form = self._forms[namespace.digest] = _Form(namespace)
+        return form
+
+    def _sweep_for_ever(self) -> None:
+        while not self._closing.wait(_SWEEP_SECONDS):
+            region = self._region
+            if region is not None and self._listener is not None:
+                self._told.sweep(region.changes())
+
+    def _count(self, what: str, by: int) -> None:
+        with self._lock:
+            self._counts[what] += by
+
+    def _once(self, kind: str, message: str, *values: object) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.warning(message + " (said once; stats have the count)", *values)
+
+
+class _Form:
+    """What the pages of one namespace share."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self.namespace = namespace
+        self.shape = SlotShape.of_namespace(namespace)
+        self.lengths = np.array(namespace.layout.buffer_lengths, np.uint64)
+        self._templates: dict[int | None, SlotHeaders] = {}
+
+    def check(self, batch: PageBatch) -> None:
+        """ValueError when the batch's buffers are not its namespace's: a mistake that would cut or mix pages."""
+        if not np.array_equal(batch.lengths, np.tile(self.lengths, len(batch))):
+            raise ValueError(f"the batch's buffers are not those of its namespace, {self.lengths.tolist()} per page")
+
+    def part(self, batch: PageBatch, pages: range) -> tuple[bytes, np.ndarray]:
+        """Keys of these pages, and the addresses of their buffers (uint64)."""
+        each = len(self.lengths)
+        keys = batch.keys[pages.start * KEY_BYTES : pages.stop * KEY_BYTES]
+        return keys, np.ascontiguousarray(batch.addresses[pages.start * each : pages.stop * each])
+
+    def headers(self, batch: PageBatch, pages: range) -> np.ndarray:
+        """uint8[n, header bytes], checksums 0."""
+        cut, keys = slice(pages.start, pages.stop), slice(pages.start * KEY_BYTES, pages.stop * KEY_BYTES)
+        tokens = None if batch.tokens is None else batch.tokens[cut]
+        count = None if tokens is None else tokens.shape[1]
+        template = self._templates.get(count)
+        if template is None:
+            template = self._templates[count] = SlotHeaders(self.namespace, self.shape, count)
+        rows = np.empty((len(pages), self.shape.header_bytes), np.uint8)
+        template.write(
+            rows, np.arange(len(pages)), batch.keys[keys], None if batch.parents is None else batch.parents[keys],
+            np.zeros(len(pages), np.uint64), time.time_ns(), tokens,
+            None if batch.event_hashes is None else batch.event_hashes[cut],
+        )  # fmt: skip
+        return rows
+
+
+def _format(options: MemoryOptions, memory: Memory) -> None:
+    """Make an empty region of new memory. What describes it is taken now: no page may meet memory that is not there."""
+    _, _, data_at, _ = _native.region_layout(options.capacity)
+    os.posix_fallocate(memory.fd, 0, data_at)
+    _native.region_format(memory.address, options.capacity)
