@@ -344,7 +344,7 @@ class _Form:
         self.namespace = namespace
         self.shape = SlotShape.of_namespace(namespace)
         self.lengths = np.array(namespace.layout.buffer_lengths, np.uint64)
-        self._templates: dict[int | None, SlotHeaders] = {}
+        self._templates: dict[tuple[int | None, str, str], SlotHeaders] = {}
 
     def check(self, batch: PageBatch) -> None:
         """ValueError when the batch's buffers are not its namespace's: a mistake that would cut or mix pages."""
@@ -361,10 +361,12 @@ class _Form:
         """uint8[n, header bytes], checksums 0."""
         cut, keys = slice(pages.start, pages.stop), slice(pages.start * KEY_BYTES, pages.stop * KEY_BYTES)
         tokens = None if batch.tokens is None else batch.tokens[cut]
-        count = None if tokens is None else tokens.shape[1]
-        template = self._templates.get(count)
+        kind = (None if tokens is None else tokens.shape[1], batch.salt, batch.lora)
+        template = self._templates.get(kind)
         if template is None:
-            template = self._templates[count] = SlotHeaders(self.namespace, self.shape, count)
+            if len(self._templates) >= _FORMS:
+                self._templates.clear()
+            template = self._templates[kind] = SlotHeaders(self.namespace, self.shape, *kind)
         rows = np.empty((len(pages), self.shape.header_bytes), np.uint8)
         template.write(
             rows, np.arange(len(pages)), batch.keys[keys], None if batch.parents is None else batch.parents[keys],
