@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 
 from hicache_ext.events.model import AllBlocksCleared, AnyEvent, BlockRemoved, BlockStored, Medium
-from hicache_ext.events.publisher import Publisher
 from hicache_ext.events.queue import EventQueue
 from hicache_ext.events.subscriber import Received, Subscriber
 from hicache_ext.events.view import View
@@ -21,9 +20,9 @@ SECONDS = 20.0
 class Store:
     """What is so, changed at random, each change put into the queue at once."""
 
-    def __init__(self, seed: int = 0, blocks: int = 100_000) -> None:
+    def __init__(self, seed: int = 0, events: int = 100_000) -> None:
         self.held: dict[Medium, dict[int, None]] = {medium: {} for medium in MEDIA}
-        self.queue = EventQueue(self.snapshot, blocks)
+        self.queue = EventQueue(self.snapshot, events)
         self.wake: Callable[[], None] = lambda: None
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -59,8 +58,8 @@ def stored(medium: Medium, block: int) -> BlockStored:
 class Reader:
     """A router: follows the stream on a thread of its own, as Dynamo's indexer does."""
 
-    def __init__(self, publisher: Publisher, pause: float = 0.0) -> None:
-        self._source = Subscriber(publisher.endpoint, publisher.replay_endpoint, batches=10)
+    def __init__(self, endpoint: str, replay_endpoint: str, pause: float = 0.0) -> None:
+        self._source = Subscriber(endpoint, replay_endpoint, batches=10)
         self.view, self.batches, self.pause = View(), list[Received](), pause
         self._stop = False
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import typer
 
 from hicache_ext.cli.bench_copy import copy_command
+from hicache_ext.cli.bench_events import events_command
 from hicache_ext.cli.bench_events_scheduler import events_scheduler_command
 from hicache_ext.cli.bench_index import index_command
 from hicache_ext.cli.bench_io import io_command
@@ -24,6 +25,7 @@ app.command("copy")(copy_command)
 app.command("serve")(serve_command)
 app.command("tiers")(tiers_command)
 app.command("events-scheduler")(events_scheduler_command)
+app.command("events")(events_command)
 
 
 @app.callback()

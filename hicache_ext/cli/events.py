@@ -1,7 +1,7 @@
-"""`hicache-ext events`: look at a KV event stream, check it, and publish one of a store's tiers.
+"""`hicache-ext events`: look at a KV event stream, and check it.
 
-Belongs here: options, tables, JSON, exit codes. Does not belong here: reading streams, rules, publishing
-(hicache_ext.events).
+Belongs here: options, tables, JSON, exit codes. Does not belong here: publishing (events_publish), reading streams and
+rules (hicache_ext.events).
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from hicache_ext.cli.events_publish import publish_command
 from hicache_ext.events.check import RULES, Checker
 from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored, Medium
 from hicache_ext.events.subscriber import Received, Subscriber
 from storage_backends.base import OptionError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+app.command("publish")(publish_command)
 
 _ROWS = 20
 _PIPED_WIDTH = 110
@@ -34,6 +36,7 @@ Endpoint = Annotated[str, typer.Argument(metavar="ENDPOINT", help="Where events 
 Replay = Annotated[str | None, typer.Option("--replay", help="Where to ask for what was missed: tcp://127.0.0.1:5558.")]
 Topic = Annotated[str, typer.Option(help="Only messages whose topic begins so.")]
 Seconds = Annotated[float | None, typer.Option(help="Stop after so many seconds; otherwise with Ctrl-C.")]
+Batches = Annotated[int | None, typer.Option(help="Stop after so many batches.")]
 
 
 @app.callback()
@@ -47,6 +50,7 @@ def tail(
     replay: Replay = None,
     topic: Topic = "",
     seconds: Seconds = None,
+    batches: Batches = None,
     kind: Annotated[
         str, typer.Option("--type", help="Only these: stored, removed, cleared; several with commas.")
     ] = "",
@@ -63,7 +67,7 @@ def tail(
     wanted = _wanted(kind, medium, block)
     with _subscriber(endpoint, replay, topic) as source:
         if as_json or not sys.stdout.isatty():
-            for got in _until(source, seconds):
+            for got in _until(source, seconds, batches):
                 for event in filter(wanted, got.decoded.batch.events):
                     print(json.dumps(_row(got, event)) if as_json else _line(got, event), flush=True)
                 for problem in got.decoded.problems:
@@ -72,7 +76,7 @@ def tail(
         rows: deque[tuple[Received, AnyEvent]] = deque(maxlen=_ROWS)
         counts: Counter[str] = Counter()
         with Live(_page(endpoint, rows, counts), refresh_per_second=8) as live:
-            for got in _until(source, seconds):
+            for got in _until(source, seconds, batches):
                 counts["batches"] += 1
                 counts["missed batches"] += got.missed
                 counts["problems"] += len(got.decoded.problems)
@@ -88,6 +92,7 @@ def check(
     replay: Replay = None,
     topic: Topic = "",
     seconds: Seconds = None,
+    batches: Batches = None,
     block_size: Annotated[
         int, typer.Option(help="Tokens of a block, as registered with the router; 0: as the first has.")
     ] = 0,
@@ -108,7 +113,7 @@ def check(
             print(f"rule {rule}{where}: {text}\n  {RULES[rule]}", flush=True)  # type: ignore[index]
 
     with _subscriber(endpoint, replay, topic) as source:
-        for got in _until(source, seconds):
+        for got in _until(source, seconds, batches):
             for violation in checker.feed(got):
                 note(violation.rule, violation.number, violation.event, violation.text)
                 if not go_on:
@@ -151,13 +156,15 @@ def _subscriber(endpoint: str, replay: str | None, topic: str) -> Subscriber:
         raise typer.Exit(2) from error
 
 
-def _until(source: Subscriber, seconds: float | None) -> Iterator[Received]:
-    """Batches until the time is over or somebody presses Ctrl-C."""
+def _until(source: Subscriber, seconds: float | None, batches: int | None) -> Iterator[Received]:
+    """Batches until the time is over, or there were so many, or somebody presses Ctrl-C."""
     until = None if seconds is None else time.monotonic() + seconds
+    left = batches
     try:
-        while until is None or time.monotonic() < until:
+        while (until is None or time.monotonic() < until) and left != 0:
             got = source.receive(0.2)
             if got is not None:
+                left = None if left is None else left - 1
                 yield got
     except KeyboardInterrupt:
         pass
@@ -187,8 +194,6 @@ def _wanted(kind: str, medium: str, block: int | None) -> Any:
 def _row(got: Received, event: AnyEvent) -> dict[str, Any]:
     fields = {name: getattr(event, name) for name in event.__struct_fields__}
     known = {name: value for name, value in fields.items() if value is not None}
-    if "load_cost" in known:
-        known["load_cost"] = {"bytes_per_s": event.load_cost.bytes_per_s, "latency_s": event.load_cost.latency_s}  # type: ignore[union-attr]
     batch = got.decoded.batch
     return {"number": got.number, "ts": batch.ts, "dp_rank": batch.dp_rank, "type": type(event).__name__, **known}
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -72,10 +71,12 @@ class BlockStored(Event):
 
     block_hashes: int64, in the order of the chain, none twice. parent_block_hash: of the first one; None where it
     begins a prompt. token_ids: block_size for each block. cache_salt, session_id, lora_name: for attribution, the
-    hashes tell them apart already. load_cost: ours, read past by all others. extra_keys and what follows: vLLM's alone;
-    `locality` is LOCAL or REMOTE, `ownership` names the tier that holds the copy.
+    hashes tell them apart already. extra_keys and what follows: vLLM's alone; `locality` is LOCAL or REMOTE,
+    `ownership` names the tier that holds the copy.
     """
 
+    # With the tag these are 15 fields. msgspec writes the header of a map by how many fields there can be, and one more
+    # would make it another than SGLang's and vLLM's.
     block_hashes: list[int]
     parent_block_hash: int | None
     token_ids: list[int]
@@ -85,13 +86,17 @@ class BlockStored(Event):
     cache_salt: str | None = None
     session_id: str | None = None
     lora_name: str | None = None
-    load_cost: LoadCost | None = None
     extra_keys: list[list[Any] | None] | None = None
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
-    kv_cache_spec_sliding_window: int | None = None
     locality: str | None = None
     ownership: str | None = None
+
+
+class CostedBlockStored(BlockStored, tag="BlockStored"):
+    """With a field that is ours, and that all known readers pass over: a store's `load_cost`."""
+
+    load_cost: LoadCost | None = None
 
 
 class BlockRemoved(Event):
@@ -119,28 +124,6 @@ class EventBatch(msgspec.Struct, array_like=True, gc=False):
     dp_rank: int | None = None
 
 
-# The engines' own shapes. msgspec writes a map of up to 15 fields, set or not, with the header that the engines'
-# have: a shape with a field more would still be read by all, and be other bytes.
-
-
-class _SglangStored(Event, tag="BlockStored"):
-    block_hashes: list[int]
-    parent_block_hash: int | None
-    token_ids: list[int]
-    block_size: int
-    lora_id: int | None
-    medium: str | None = None
-    cache_salt: str | None = None
-    session_id: str | None = None
-    lora_name: str | None = None
-    load_cost: LoadCost | None = None
-
-
-class _SglangRemoved(Event, tag="BlockRemoved"):
-    block_hashes: list[int]
-    medium: str | None = None
-
-
 class _VllmStored(Event, tag="BlockStored"):
     block_hashes: list[int]
     parent_block_hash: int | None
@@ -152,7 +135,7 @@ class _VllmStored(Event, tag="BlockStored"):
     extra_keys: list[list[Any] | None] | None = None
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
-    kv_cache_spec_sliding_window: int | None = None
+    kv_cache_spec_sliding_window: None = None  # never set
     locality: str | None = None
     ownership: str | None = None
     session_id: str | None = None
@@ -166,11 +149,8 @@ class _VllmRemoved(Event, tag="BlockRemoved"):
     ownership: str | None = None
 
 
-_SHAPES: dict[Dialect, tuple[type[Event], type[Event]]] = {
-    Dialect.SGLANG: (_SglangStored, _SglangRemoved),
-    Dialect.VLLM: (_VllmStored, _VllmRemoved),
-}
-_GETTERS = {shape: attrgetter(*shape.__struct_fields__) for shapes in _SHAPES.values() for shape in shapes}
+_VLLM_STORED = tuple(name for name in _VllmStored.__struct_fields__ if name in BlockStored.__struct_fields__)
+_VLLM_REMOVED = _VllmRemoved.__struct_fields__
 
 _encoder = msgspec.msgpack.Encoder()
 _batches = msgspec.msgpack.Decoder(EventBatch)
@@ -178,18 +158,18 @@ _anything = msgspec.msgpack.Decoder()
 
 
 def encode(batch: EventBatch, dialect: Dialect = Dialect.SGLANG) -> bytes:
-    """The payload of one message. What the dialect has no field for is left out; `load_cost` is in SGLang's."""
-    stored, removed = _SHAPES[dialect]
-    store, remove = _GETTERS[stored], _GETTERS[removed]
-    events: list[Event] = []
-    for event in batch.events:
-        if type(event) is BlockStored:
-            events.append(stored(*store(event)))
-        elif type(event) is BlockRemoved:
-            events.append(removed(*remove(event)))
-        else:
-            events.append(event)
-    return _encoder.encode((batch.ts, events, batch.dp_rank))
+    """The payload of one message. vLLM's has no field for a salt or a cost."""
+    if dialect is Dialect.SGLANG:
+        return _encoder.encode(batch)
+    return _encoder.encode((batch.ts, list(map(_as_vllm, batch.events)), batch.dp_rank))
+
+
+def _as_vllm(event: AnyEvent) -> Event:
+    if isinstance(event, BlockStored):
+        return _VllmStored(**{name: getattr(event, name) for name in _VLLM_STORED})
+    if isinstance(event, BlockRemoved):
+        return _VllmRemoved(**{name: getattr(event, name) for name in _VLLM_REMOVED})
+    return event
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import zmq
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -82,9 +82,9 @@ class PublisherOptions(BaseModel):
     replay_endpoint: str
     topic: str = ""
     dialect: Dialect = Dialect.SGLANG
-    batch_blocks: int = Field(512, ge=1)
-    replay_bytes: int = Field(64 << 20, ge=0)
-    subscriber_batches: int = Field(2000, ge=1)
+    batch_blocks: Annotated[int, Field(ge=1)] = 512
+    replay_bytes: Annotated[int, Field(ge=0)] = 64 << 20
+    subscriber_batches: Annotated[int, Field(ge=1)] = 2000
     resync_newcomers: bool = False
     sequence_file: Path | None = None
 

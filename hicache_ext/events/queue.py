@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from msgspec.structs import replace
 
-from hicache_ext.events.model import AllBlocksCleared, AnyEvent, BlockRemoved, BlockStored
+from hicache_ext.events.model import AllBlocksCleared, AnyEvent, BlockRemoved
 
 
 class EventQueue:
@@ -19,78 +19,68 @@ class EventQueue:
 
     snapshot: gives what is so, as stores, parents first. It is called on the publisher's thread. Events that are put
     while it is gathered come after it: for any block the last one counts, so that readers end up right even where the
-    snapshot has seen what they say.
+    snapshot has seen what they say. events: how many may wait.
     """
 
-    def __init__(self, snapshot: Callable[[], Iterable[AnyEvent]], blocks: int = 100_000) -> None:
-        self._snapshot, self._most = snapshot, blocks
-        self._waiting: deque[AnyEvent] = deque()
-        self._blocks = 0
+    def __init__(self, snapshot: Callable[[], Iterable[AnyEvent]], events: int = 100_000) -> None:
+        self._snapshot, self._most = snapshot, events
+        self._waiting: deque[Sequence[AnyEvent]] = deque()
+        self._count = 0
         self._over = False
-        self._told: Iterator[AnyEvent] = iter(())
-        self._telling = False
+        self._telling: Iterator[AnyEvent] = iter(())  # begun, and comes first
         self._lock = threading.Lock()
         self.overflows = 0
 
-    def put(self, events: Iterable[AnyEvent]) -> None:
-        """Any thread; never waits. The publisher must be woken after it."""
-        new = list(events)
-        blocks = sum(map(_blocks, new))
+    def put(self, events: Sequence[AnyEvent]) -> None:
+        """Any thread; never waits. The publisher must be woken after it. The events are not changed from then on."""
         with self._lock:
             if self._over:
                 return
-            if self._blocks + blocks > self._most:
+            if self._count + len(events) > self._most:
                 self._waiting.clear()
-                self._blocks = 0
+                self._count = 0
                 self._over = True
                 self.overflows += 1
                 return
-            self._waiting.extend(new)
-            self._blocks += blocks
+            self._waiting.append(events)
+            self._count += len(events)
 
     def clear(self) -> None:
         with self._lock:
             self._waiting.clear()
-            self._blocks = 0
+            self._count = 0
             self._over = False
-        self._told, self._telling = iter(self._snapshot()), True
+        self._telling = iter(self._snapshot())
 
     def take(self, limit: int) -> list[AnyEvent]:
         if self._over:
             self.clear()
             return [AllBlocksCleared()]
-        events: list[AnyEvent] = []
+        taken: list[AnyEvent] = []
         left = limit
-        while left > 0 and self._telling:
-            event = next(self._told, None)
+        while left > 0:
+            event = next(self._telling, None)
             if event is None:
-                self._telling = False
-                break
-            first, rest = cut(event, left)
-            events.append(first)
-            left -= _blocks(first)
-            if rest is not None:
-                self._told = _after(rest, self._told)
-        if self._telling:
-            return events
-        with self._lock:
-            while left > 0 and self._waiting:
-                first, rest = cut(self._waiting.popleft(), left)
-                events.append(first)
-                left -= _blocks(first)
-                self._blocks -= _blocks(first)
-                if rest is not None:
-                    self._waiting.appendleft(rest)
-        return events
+                with self._lock:
+                    if not self._waiting:
+                        break
+                    more = self._waiting.popleft()
+                    self._count -= len(more)
+                self._telling = iter(more)
+                continue
+            blocks = 1 if type(event) is AllBlocksCleared else len(event.block_hashes)  # type: ignore[union-attr]
+            if blocks > left:
+                event, rest = cut(event, left)
+                self._telling = _after(rest, self._telling)
+            taken.append(event)
+            left -= blocks
+        return taken
 
 
-def _after(first: AnyEvent, rest: Iterator[AnyEvent]) -> Iterator[AnyEvent]:
-    yield first
+def _after(first: AnyEvent | None, rest: Iterator[AnyEvent]) -> Iterator[AnyEvent]:
+    if first is not None:
+        yield first
     yield from rest
-
-
-def _blocks(event: AnyEvent) -> int:
-    return len(event.block_hashes) if isinstance(event, BlockStored | BlockRemoved) else 1
 
 
 def cut(event: AnyEvent, blocks: int) -> tuple[AnyEvent, AnyEvent | None]:

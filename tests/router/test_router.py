@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 from msgspec.structs import replace
 
-from hicache_ext.events.model import BlockRemoved, BlockStored
+from hicache_ext.events.model import BlockRemoved, BlockStored, CostedBlockStored, LoadCost
 from storage_backends.base import Outcome
 from tests.pages import key_batch
 from tests.redis_server import RedisServer
@@ -187,6 +188,20 @@ def test_one_wrong_event_is_seen(indexer: Indexer, run: Run, disk: dict[str, Any
     assert not wait(lambda: agrees(indexer, worker), 1.0)
     worker.publisher.resync()
     assert wait(lambda: agrees(indexer, worker)), "a resync makes it good"
+
+
+def test_a_cost_is_passed_over(indexer: Indexer, run: Run, disk: dict[str, Any]) -> None:
+    def costed(events: list[Any]) -> list[Any]:
+        return [
+            CostedBlockStored(**structs.asdict(event), load_cost=LoadCost(1.8e9, 4e-4))
+            if isinstance(event, BlockStored)
+            else event
+            for event in events
+        ]
+
+    worker = run(disk, meddle=costed)
+    worker.save(prompts(13)[0])
+    assert wait(lambda: agrees(indexer, worker))
 
 
 def test_delay(indexer: Indexer, run: Run, disk: dict[str, Any], record_property: Any) -> None:

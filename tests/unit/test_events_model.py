@@ -18,6 +18,7 @@ from hicache_ext.events.model import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
+    CostedBlockStored,
     Decoded,
     Dialect,
     EventBatch,
@@ -102,7 +103,7 @@ def test_golden_bytes() -> None:
 #: vLLM 0.3x: the fields of its events, in order; those before "*" are always written.
 _VLLM = {
     "BlockStored": "block_hashes parent_block_hash token_ids block_size lora_id medium lora_name * extra_keys "
-    "group_idx kv_cache_spec_kind kv_cache_spec_sliding_window locality ownership session_id",
+    "group_idx kv_cache_spec_kind locality ownership session_id",
     "BlockRemoved": "block_hashes medium * group_idx locality ownership",
     "AllBlocksCleared": "*",
 }
@@ -114,7 +115,7 @@ def test_bytes_are_vllms(batch: EventBatch) -> None:
     for event in batch.events:
         always, sometimes = _VLLM[type(event).__name__].split("*")
         fields = {name: getattr(event, name) for name in always.split()}
-        fields |= {name: value for name in sometimes.split() if (value := getattr(event, name)) is not None}
+        fields |= {name: value for name in sometimes.split() if (value := getattr(event, name, None)) is not None}
         events.append({"type": type(event).__name__, **fields})
     assert encode(batch, Dialect.VLLM) == msgspec.msgpack.encode([batch.ts, events, batch.dp_rank])
 
@@ -132,10 +133,9 @@ _either = {
     "session_id": _text,
     "lora_name": _text,
 }
-_costs = st.none() | st.builds(LoadCost, st.floats(1, 1e12), st.floats(0, 1))
 _vllm = {"group_idx": st.none() | st.just(1), "locality": _text, "ownership": _text}
 _events = {
-    Dialect.SGLANG: st.builds(BlockStored, **_either, cache_salt=_text, load_cost=_costs)
+    Dialect.SGLANG: st.builds(BlockStored, **_either, cache_salt=_text)
     | st.builds(BlockRemoved, _hashes, _media)
     | st.builds(AllBlocksCleared),
     Dialect.VLLM: st.builds(BlockStored, **_either, **_vllm, kv_cache_spec_kind=_text)
@@ -148,6 +148,21 @@ _events = {
 def test_round_trip(data: st.DataObject, dialect: Dialect, ts: float, rank: int | None) -> None:
     batch = EventBatch(ts, data.draw(st.lists(_events[dialect], max_size=4)), rank)
     assert decode(encode(batch, dialect)) == Decoded(batch)
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("source", sglang_sources(), ids=str)
+def test_a_cost_is_passed_over(source: Path) -> None:
+    """By SGLang's decoder, and ours. vLLM's is the same msgspec with its own classes; for Dynamo's see tests/router."""
+    costed = CostedBlockStored(**{name: getattr(STORED, name) for name in STORED.__struct_fields__})
+    costed.load_cost = LoadCost(1.8e9, 0.0004)
+    payload = encode(EventBatch(1.5, [costed], 3))
+    assert b"load_cost" in payload
+    assert decode(payload) == Decoded(EventBatch(1.5, [STORED], 3))
+    classes = engine_classes(source)
+    if classes["BlockStored"].__struct_config__.array_like is False:
+        reader = msgspec.msgpack.Decoder(classes["KVEventBatch"])
+        assert reader.decode(payload) == in_engine(classes, EventBatch(1.5, [STORED], 3))
 
 
 def test_fields_that_nobody_knows_are_read_past() -> None:

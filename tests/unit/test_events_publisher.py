@@ -39,7 +39,7 @@ class Stage:
         return publisher
 
     def read(self, publisher: Publisher, pause: float = 0.0) -> Reader:
-        reader = Reader(publisher, pause)
+        reader = Reader(publisher.endpoint, publisher.replay_endpoint, pause)
         self._open.append(reader)
         return reader
 
@@ -139,7 +139,7 @@ def test_readers_that_go_cost_nothing_and_come_back(stage: Stage) -> None:
 
 
 def test_what_is_said_faster_than_sent_is_dropped_and_told_again(stage: Stage) -> None:
-    store = Store(blocks=50)
+    store = Store(events=50)
     publisher = stage.publish(store)
     reader = stage.read(publisher)
     wait(lambda: publisher.stats()["batches"])
@@ -152,7 +152,7 @@ def test_what_is_said_faster_than_sent_is_dropped_and_told_again(stage: Stage) -
 
 
 def test_a_batch_larger_than_every_buffer(stage: Stage) -> None:
-    store = Store(blocks=1000)
+    store = Store()
     publisher = stage.publish(store, batch_blocks=64, replay_bytes=100)
     reader = stage.read(publisher)
     blocks = list(range(5000))
@@ -291,7 +291,7 @@ def test_each_rank_has_its_ports() -> None:
     publisher = Publisher(
         PublisherOptions(endpoint="tcp://127.0.0.1:*", replay_endpoint="tcp://127.0.0.1:*"), store.queue, rank=2
     )
-    reader = Reader(publisher)
+    reader = Reader(publisher.endpoint, publisher.replay_endpoint)
     store.wake = publisher.wake
     store.change(3)
     wait(lambda: reader.agrees(store))
