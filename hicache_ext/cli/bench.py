@@ -14,6 +14,7 @@ from hicache_ext.cli.bench_events_scheduler import events_scheduler_command
 from hicache_ext.cli.bench_index import index_command
 from hicache_ext.cli.bench_io import io_command
 from hicache_ext.cli.bench_policy import policy_command
+from hicache_ext.cli.bench_router import router_command
 from hicache_ext.cli.bench_serve import serve_command
 from hicache_ext.cli.bench_tiers import tiers_command
 
@@ -26,6 +27,7 @@ app.command("serve")(serve_command)
 app.command("tiers")(tiers_command)
 app.command("events-scheduler")(events_scheduler_command)
 app.command("events")(events_command)
+app.command("router")(router_command)
 
 
 @app.callback()

@@ -45,6 +45,11 @@ class EventQueue:
             self._waiting.append(events)
             self._count += len(events)
 
+    @property
+    def waiting(self) -> int:
+        """Events that were put and not taken yet, to the last batch that was begun."""
+        return self._count
+
     def clear(self) -> None:
         with self._lock:
             self._waiting.clear()

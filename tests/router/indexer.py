@@ -28,24 +28,24 @@ _SECONDS = 60.0
 class _Connection(http.client.HTTPConnection):
     def __init__(self, host: Host) -> None:
         super().__init__("127.0.0.1", PORT, timeout=_SECONDS)
-        self._host = host
+        self._on = host
 
     def connect(self) -> None:
-        with self._host.inside():
+        with self._on.inside():
             super().connect()
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 class Indexer:
-    """A running `dynamo.indexer`. Skips the test where it cannot run. log: what it has printed."""
+    """A running `dynamo.indexer`. Skips the test where it cannot run. host: where. log: what it has printed."""
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
         pytest.importorskip("dynamo.indexer", reason="needs ai-dynamo-runtime")
         self.log = folder / "indexer.log"
-        self._host = Host()
+        self.host = Host()
         self._connection: _Connection | None = None
         with self.log.open("wb") as log:
-            self._process = self._host.python(
+            self._process = self.host.python(
                 "-m", "dynamo.indexer", "--port", str(PORT), "--threads", str(threads), stdout=log,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, "DYN_LOG": "info"},
             )  # fmt: skip
@@ -63,7 +63,7 @@ class Indexer:
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The answer as JSON; text where it is none. RuntimeError: refused."""
         if self._connection is None:
-            self._connection = _Connection(self._host)
+            self._connection = _Connection(self.host)
         try:
             data = None if body is None else json.dumps(body)
             self._connection.request(method, path, data, {"Content-Type": "application/json"})
@@ -111,7 +111,7 @@ class Indexer:
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        self._host.close()
+        self.host.close()
 
     def __enter__(self) -> Indexer:
         return self

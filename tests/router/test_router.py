@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from hicache_ext.events.model import BlockRemoved, BlockStored, CostedBlockStore
 from storage_backends.base import Outcome
 from tests.pages import key_batch
 from tests.redis_server import RedisServer
-from tests.router.indexer import Indexer
+from tests.router.indexer import PORT, Indexer
 from tests.router.worker import PAGE, SPACE, Prompt, Worker, prompt, wait
 
 
@@ -214,3 +216,31 @@ def test_delay(indexer: Indexer, run: Run, disk: dict[str, Any], record_property
         assert wait(lambda one=one: indexer.query(one.tokens, worker.number)[2] == len(one.tokens))
         delays.append(time.monotonic() - since)
     record_property("p50_ms", statistics.median(delays) * 1e3)
+
+
+def test_the_example_sends_a_prompt_to_who_has_it(
+    tmp_path: Path, disk: dict[str, Any], external: dict[str, Any]
+) -> None:
+    """As a user runs it; the workers' answers apart."""
+    (tmp_path / "other").mkdir()
+    with Indexer(tmp_path) as indexer:
+        has, other = Worker(tmp_path, [disk]), Worker(tmp_path / "other", [{**external, "prefix": "other"}])
+        one = prompts(17)[0]
+        has.save(one)
+        script = Path(__file__).parents[2] / "examples" / "router" / "route.py"
+        words = [str(script), "--indexer", f"http://127.0.0.1:{PORT}", "--block-size", str(PAGE), "--dry-run"]
+        for name, worker in (("other", other), ("has", has)):
+            words += ["--worker", f"http://{name},{worker.publisher.endpoint},{worker.publisher.replay_endpoint}"]
+        process = indexer.host.python(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def chosen() -> dict[str, Any]:
+            process.stdin.write(json.dumps(list(one.tokens)) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        assert wait(lambda: chosen()["worker"] == "http://has")
+        assert chosen()["found"]["disk"] == len(one.tokens)
+        for worker in (has, other):
+            worker.stop()
