@@ -114,7 +114,7 @@ class Config(BaseModel):
         try:
             config = cls.model_validate(ours)
         except ValidationError as error:
-            raise ConfigError(_explain(error, cls, ours)) from error
+            raise ConfigError(explain(error, cls, ours)) from error
         for i in range(len(config.tiers)):
             config.backend(i)
         for i, (above, below) in enumerate(zip(config.tiers, config.tiers[1:], strict=False), start=1):
@@ -145,7 +145,7 @@ class Config(BaseModel):
         except OptionError as error:
             raise ConfigError(f"{where}.{error}") from error
         except ValidationError as error:
-            raise ConfigError(_explain(error, found.Options, chosen.options, where + ".")) from error
+            raise ConfigError(explain(error, found.Options, chosen.options, where + ".")) from error
         except (OSError, ValueError, OverflowError) as error:  # a path or number that the system refuses to look at
             raise ConfigError(
                 f"{where}: cannot be checked: {_short(str(error))}. Fix: name what this user may use"
@@ -198,8 +198,8 @@ def _shown(value: Any, key: str) -> str:
         return f"a {type(value).__name__}"
 
 
-def _explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> str:
-    """Each problem as `key = value: what is wrong. Fix: ...`."""
+def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> str:
+    """pydantic's errors for people: each problem as `key = value: what is wrong. Fix: ...`."""
     lines = []
     problems = error.errors()
     for problem in problems[:_PROBLEMS]:

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hicache_ext.config import ConfigError
+
 logger = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -97,6 +99,19 @@ def _samples(file: Path, size: int) -> str:
             source.seek(max(0, size - 4096) * part // 7)
             hasher.update(source.read(4096))
     return hasher.hexdigest()
+
+
+def weights_of(path: Path) -> str:
+    """The weights of a model folder: its snapshot's commit, else its files. Raises ConfigError where it has none."""
+    commit = snapshot_commit(path)
+    if commit:
+        return f"commit:{commit}"
+    files = weight_files(path)
+    if not files:
+        raise ConfigError(
+            f"model.path = {str(path)!r}: holds no weight files. Fix: set `model.revision` to a name for these weights"
+        )
+    return weights(files)
 
 
 def tensor_names(path: Path) -> frozenset[str] | None:

@@ -22,7 +22,7 @@ from sglang.srt.mem_cache import hicache_storage as sglang_storage
 
 from hicache_ext.config import Config
 from hicache_ext.page import Namespace, PageLayout, chain_parents, pack_key, pack_keys
-from hicache_ext.sglang import identity, inject, plugin, unplugged, versions, weights
+from hicache_ext.sglang import identity, plugin, unplugged, versions, weights
 from hicache_ext.sglang.announcing import EVENTS
 from hicache_ext.sglang.generic import GenericPages
 from hicache_ext.sglang.guard import answers, none_of, none_of_transfers
@@ -30,7 +30,7 @@ from hicache_ext.sglang.naming import Naming
 from hicache_ext.sglang.pools import Access, HostPool, unwrap
 from hicache_ext.sglang.stats import AdapterStats
 from hicache_ext.sglang.tokens import Noted, TokenNotes
-from hicache_ext.store import NO_TIER, TieredStore, policies
+from hicache_ext.store import NO_TIER, TieredStore, inject, policies
 from storage_backends.base import KeyBatch, Outcome, PageBatch
 
 logger = logging.getLogger(__name__)

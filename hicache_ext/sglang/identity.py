@@ -134,15 +134,7 @@ def weights_of(path: Path | None, args: Any, load_format: str | None = None) -> 
         return f"dummy:{_dummy_seed()}"
     if path is None:
         raise ConfigError("model.revision: the model has no local files. Fix: set `model.revision`")
-    commit = fingerprint.snapshot_commit(path)
-    if commit:
-        return f"commit:{commit}"
-    files = fingerprint.weight_files(path)
-    if not files:
-        raise ConfigError(
-            f"model.path = {str(path)!r}: holds no weight files. Fix: set `model.revision` to a name for these weights"
-        )
-    return fingerprint.weights(files)
+    return fingerprint.weights_of(path)
 
 
 def _dummy_seed() -> int:

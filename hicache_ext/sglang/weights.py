@@ -157,8 +157,7 @@ def loaded_from_disk(before: Path | None, after: Path, load_format: str) -> str 
     has = fingerprint.tensor_names(after)
     if had is None or has is None or not had <= has:
         return None
-    commit = fingerprint.snapshot_commit(after)
-    return f"commit:{commit}" if commit else fingerprint.weights(fingerprint.weight_files(after))
+    return fingerprint.weights_of(after)
 
 
 #: The folder that each model was started from, by the identity of its config object: noted at its first update. A

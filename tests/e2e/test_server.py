@@ -373,7 +373,7 @@ class TestAfterAKillWithAFailingAdapter:
         assert not router.seen, "nothing was on the device yet"
 
     def test_outputs_stay_right(self, failing: Client, place: Place) -> None:
-        from hicache_ext.sglang.inject import injected_counts
+        from hicache_ext.store.inject import injected_counts
 
         served = 0
         for _ in range(3):

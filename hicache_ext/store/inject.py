@@ -24,6 +24,7 @@ import numpy as np
 
 from hicache_ext.page import Namespace
 from hicache_ext.store import NO_TIER, TieredStore
+from hicache_ext.store.tier import Tier
 from storage_backends.base import Completion, KeyBatch, Outcome, PageBatch
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ class FaultyStore:
         """How often what was injected: "lookup_failed", "read_delayed", ..."""
         with self._lock:
             return dict(self._counts)
+
+    @property
+    def tiers(self) -> list[Tier]:
+        return self.store.tiers
 
     def lookup(self, batch: KeyBatch) -> np.ndarray:
         if self._fails("lookup"):

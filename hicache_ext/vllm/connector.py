@@ -1,0 +1,204 @@
+"""HiCacheConnector: vLLM's KVConnectorBase_V1 over a TieredStore.
+
+Belongs here: vLLM's calls, and which half they are for. Does not belong here: what the halves do (scheduler, worker),
+or who we are (identity).
+
+    --kv-transfer-config '{"kv_connector": "HiCacheConnector", "kv_connector_module_path": "hicache_ext.vllm",
+                           "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+                           "kv_connector_extra_config": {"config": "hicache.yaml"}}'
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from hicache_ext import fingerprint
+from hicache_ext.page import PageLayout
+from hicache_ext.vllm import identity, stores, versions
+from hicache_ext.vllm.blocks import UnsupportedLayout, blocks_of
+from hicache_ext.vllm.metadata import StepMetadata, WorkerMetadata
+from hicache_ext.vllm.scheduler import SchedulerHalf
+from hicache_ext.vllm.settings import Settings
+from hicache_ext.vllm.stats import PromStats, Stats
+from hicache_ext.vllm.worker import WorkerHalf
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = {"CPU": CacheHitSource.HOST, "DISK": CacheHitSource.DISK}
+
+
+class HiCacheConnector(KVConnectorBase_V1):
+    """One half: the scheduler's, or a worker's. Raises when it is built, and only then, what is wrong."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self._version = versions.check(vllm.__version__)
+        self._settings = Settings.of(vllm_config.kv_transfer_config)
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            raise UnsupportedLayout(
+                f"hicache_ext: this model has {len(groups)} groups of KV blocks; one is supported. "
+                "Fix: start vLLM with --disable-hybrid-kv-cache-manager"
+            )
+        self._page_size = int(groups[0].kv_cache_spec.block_size)
+        self._layers = list(groups[0].layer_names)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        self._store = stores.acquire(self._settings.config)
+        self._closed = False
+        self._invalid: set[int] = set()
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerHalf(self._settings, self._store, self._page_size)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # a page that was not stored is a miss later, nothing more
+
+    # ---- worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        config, cache = self._vllm_config, self._kv_cache_config
+        device = str(next(iter(kv_caches.values())).device.type)
+        if device != "cpu":
+            raise UnsupportedLayout(f"hicache_ext: KV blocks on {device} are not supported yet, only a CPU's")
+        blocks = blocks_of(kv_caches, self._layers, cache.num_blocks)
+        first = kv_caches[self._layers[0]]
+        layers = config.compilation_config.static_forward_context
+        backends = [layers[name].get_attn_backend().get_name() for name in self._layers if name in layers]
+        layout = PageLayout(
+            kind="mla" if getattr(config.model_config, "use_mla", False) else "mha",
+            order=identity.block_format(backends, device, getattr(cache, "kv_cache_layout", None), self._version),
+            dtype=str(first.dtype).removeprefix("torch."),
+            page_size=self._page_size,
+            buffer_lengths=tuple(int(length) for length in blocks.lengths),
+            geometry=(
+                ("layers", len(self._layers)),
+                ("names", fingerprint.digest(self._layers)[:16]),
+                ("shape", str(tuple(first.shape[1:]))),
+            ),
+        )
+        from vllm.distributed import get_pp_group, get_tp_group
+
+        rank = identity.rank_of(config, get_tp_group().rank_in_group, get_pp_group().rank_in_group)
+        space = identity.namespace(self._settings.config, config, layout, rank)
+        self._worker = WorkerHalf(self._settings, self._store, blocks, space, rank.writes)
+        logger.info(
+            "hicache_ext: tiers %s, pages of %s tokens and %s bytes in %s pieces, namespace %s",
+            [tier.label for tier in self._settings.config.tiers], self._page_size, layout.payload_bytes,
+            len(blocks.lengths), space.digest.hex(),
+        )  # fmt: skip
+
+    def get_handshake_metadata(self) -> WorkerMetadata | None:
+        return None if self._worker is None else WorkerMetadata(self._worker.space)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.load(self._step())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads end between steps, before the request is scheduled."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Blocks are saved whole, at the end of the step."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None and self.has_connector_metadata():
+            self._worker.save(self._step())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        if self._worker is None:
+            return None, None
+        arrived, self._invalid = self._worker.finished_loads()
+        return None, arrived
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def _step(self) -> StepMetadata:
+        meta = self._get_connector_metadata()
+        assert isinstance(meta, StepMetadata)
+        return meta
+
+    # ---- scheduler
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
+        self._workers(list(metadata.values()))
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        self._workers(list(metadata.values()))
+
+    def _workers(self, told: list[WorkerMetadata]) -> None:
+        if self._scheduler is not None:
+            self._scheduler.workers([worker.space for worker in told])
+
+    def on_new_request(self, request: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.begin(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        assert self._scheduler is not None
+        tokens = self._scheduler.matched(request, num_computed_tokens)
+        return tokens, bool(tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        assert self._scheduler is not None
+        self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        assert self._scheduler is not None
+        sources: dict[CacheHitSource, int] = {}
+        for tier, tokens in self._scheduler.tiers_of(request).items():
+            medium = self._store.tiers[tier].backend.capabilities.medium
+            source = _SOURCES.get(medium, CacheHitSource.EXTERNAL_UNSPECIFIED)
+            sources[source] = sources.get(source, 0) + tokens
+        return sources
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        assert self._scheduler is not None
+        return self._scheduler.step(scheduler_output)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        assert self._scheduler is not None
+        self._scheduler.finished(request)
+        return False, None  # saves were copied out of the blocks already
+
+    def reset_cache(self) -> bool | None:
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
+    # ---- both
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        counts: dict[str, int] = {}
+        if self._worker is not None:
+            counts = self._worker.take_counts()
+        elif self._scheduler is not None:
+            counts = self._scheduler.take_counts()
+        return Stats(data=counts) if counts else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats | None:
+        return Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> PromStats:
+        return PromStats(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._worker is not None:
+            self._worker.close()
+        if self._scheduler is not None:
+            self._scheduler.close()
+        stores.release(self._settings.config)

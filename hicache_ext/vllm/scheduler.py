@@ -1,0 +1,219 @@
+"""The scheduler's half: what of a request the tiers hold, and which blocks to load and to save in the next step.
+
+Belongs here: vLLM's requests and block tables, as far as the scheduler tells of them. Does not belong here: any byte of
+a block (worker), or waiting: everything here answers from memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hicache_ext.page import KEY_BYTES, Namespace, chain_parents
+from hicache_ext.store import NO_TIER, TieredStore, policies
+from hicache_ext.store.inject import FaultyStore
+from hicache_ext.store.tier import Recent
+from hicache_ext.vllm.chains import Adapters, RequestChain
+from hicache_ext.vllm.identity import at_epoch
+from hicache_ext.vllm.lookups import Lookups
+from hicache_ext.vllm.metadata import Pages, StepMetadata
+from hicache_ext.vllm.settings import Settings
+from storage_backends.base import KeyBatch
+
+logger = logging.getLogger(__name__)
+
+#: Pages that were sent on their way lately, to tiers that cannot tell from memory what they hold.
+_SENT_PAGES, _SENT_SECONDS = 1 << 17, 600.0
+
+
+@dataclass
+class _Tracked:
+    """One request. blocks: its block table. saved: pages seen to. planned: (first page, tiers) of a load to come."""
+
+    request: Any
+    chain: RequestChain | None
+    blocks: list[int] = field(default_factory=list)
+    saved: int = 0
+    planned: tuple[int, np.ndarray] | None = None
+
+
+class SchedulerHalf:
+    """Called by vLLM's scheduler, on its thread only."""
+
+    def __init__(self, settings: Settings, store: TieredStore | FaultyStore, page_size: int) -> None:
+        self._settings, self._store, self._page_size = settings, store, page_size
+        self._told: list[Namespace] = []
+        self._spaces: list[Namespace] = []
+        """Those of this epoch."""
+        self._epoch = ""
+        self._adapters = Adapters()
+        self._tracked: dict[str, _Tracked] = {}
+        self._lookups = Lookups(store, settings.options.lookup_timeout)
+        self._loads: list[Pages] = []
+        self._sent = Recent(_SENT_PAGES, _SENT_SECONDS)
+        self._counts: Counter[str] = Counter()
+
+    def workers(self, spaces: list[Namespace]) -> None:
+        """The namespaces of the workers' pages, from their hand-shake."""
+        self._told = self._spaces = list(dict.fromkeys(spaces))  # ranks that hold the same part share one
+
+    # ---- requests
+
+    def begin(self, request: Any) -> None:
+        """A request has arrived."""
+        self._track(request)
+
+    def matched(self, request: Any, computed: int) -> int | None:
+        """Tokens after the first `computed` ones that can be loaded; None: not known yet, ask again."""
+        tracked = self._track(request)
+        tracked.planned = None
+        if tracked.chain is None or not self._settings.loads or not self._spaces:
+            return 0
+        if getattr(request, "skip_reading_prefix_cache", False):
+            return 0
+        # At least one token is left to compute: a forward without any gives no logits.
+        first, last = computed // self._page_size, (request.num_tokens - 1) // self._page_size
+        keys = tracked.chain.keys(last)
+        if first >= last or len(keys) <= first * KEY_BYTES:
+            return 0
+        asked, parent = keys[first * KEY_BYTES :], self._parent(keys, first)
+        tiers = self._lookups.tiers(request.request_id, self._spaces, asked, parent)
+        if tiers is None:
+            return None
+        pages = policies.prefix_length(tiers != NO_TIER)
+        self._counts["queried_tokens"] += (last - first) * self._page_size
+        self._counts["hit_tokens"] += pages * self._page_size
+        if pages:
+            tracked.planned = (first, tiers[:pages])
+        return pages * self._page_size
+
+    def allocated(self, request: Any, blocks: list[int], tokens: int) -> None:
+        """The request's block table; `tokens` of it are to be loaded (0: nothing is, another source was chosen)."""
+        tracked = self._track(request)
+        planned, tracked.planned = tracked.planned, None
+        if not tokens or planned is None or tracked.chain is None:
+            return
+        first, pages = planned[0], tokens // self._page_size
+        keys = tracked.chain.keys(first + pages)
+        self._loads.append(
+            Pages(
+                request.request_id, keys[first * KEY_BYTES :], self._parent(keys, first),
+                tuple(blocks[first : first + pages]),
+            )
+        )  # fmt: skip
+        # What vLLM asks next, of these tokens: which tier they come from.
+        tracked.planned = planned
+
+    def tiers_of(self, request: Any) -> dict[int, int]:
+        """Tokens by tier number of the load that was just planned for this request."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.planned is None:
+            return {}
+        tiers, counts = np.unique(tracked.planned[1], return_counts=True)
+        return {int(tier): int(count) * self._page_size for tier, count in zip(tiers, counts, strict=True)}
+
+    def finished(self, request: Any) -> None:
+        """The request is over. A load on its way goes on: vLLM keeps its blocks until the worker reports it."""
+        self._tracked.pop(request.request_id, None)
+        self._lookups.forget(request.request_id)
+
+    # ---- steps
+
+    def step(self, output: Any) -> StepMetadata:
+        """What the workers are to do in this step of vLLM's SchedulerOutput."""
+        meta = StepMetadata(epoch=self._epoch, idle=output.total_num_scheduled_tokens == 0)
+        meta.loads, self._loads = self._loads, []
+        if not self._settings.saves or not self._spaces:
+            return meta
+        for new in output.scheduled_new_reqs:
+            tracked = self._tracked.get(new.req_id)
+            if tracked is not None:
+                tracked.blocks, tracked.saved = list(new.block_ids[0]), 0
+                self._save(meta, tracked, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id])
+        cached = output.scheduled_cached_reqs
+        for i, name in enumerate(cached.req_ids):
+            tracked = self._tracked.get(name)
+            if tracked is None:
+                continue
+            blocks = cached.new_block_ids[i]
+            if name in cached.resumed_req_ids:
+                tracked.blocks, tracked.saved = list(blocks[0]) if blocks else [], 0
+            elif blocks is not None:
+                tracked.blocks += blocks[0]
+            self._save(meta, tracked, cached.num_computed_tokens[i] + output.num_scheduled_tokens[name])
+        return meta
+
+    def reset(self) -> None:
+        """Nothing that was stored before is served from now on, and what is on its way to be stored neither."""
+        old, self._epoch = self._spaces, uuid.uuid4().hex
+        self._spaces = [at_epoch(space, self._epoch) for space in self._told]
+        self._loads.clear()
+        for tracked in self._tracked.values():
+            tracked.planned = None
+            self._lookups.forget(tracked.request.request_id)
+        self._store.clear(old)
+
+    def take_counts(self) -> dict[str, int]:
+        """What happened since the last call, by name."""
+        counts, self._counts = self._counts, Counter()
+        return dict(counts)
+
+    def close(self) -> None:
+        self._lookups.close()
+
+    def _save(self, meta: StepMetadata, tracked: _Tracked, computed: int) -> None:
+        """Pages that are whole after this step and that no tier is known to hold.
+
+        Tokens that are drafted or not yet sampled are not among the request's, so a page of them is not whole.
+        """
+        if tracked.chain is None:
+            return
+        last = min(computed // self._page_size, tracked.chain.whole_pages(), len(tracked.blocks))
+        first, tracked.saved = tracked.saved, max(tracked.saved, last)
+        if last <= first:
+            return
+        keys = tracked.chain.keys(last)
+        wanted = self._wanted(keys, first, last)
+        # One message for each run without a gap: a page's parent is then the one before it.
+        for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1) if len(wanted) else []:
+            begin, end = int(run[0]), int(run[-1]) + 1
+            meta.saves.append(
+                Pages(
+                    tracked.request.request_id, keys[begin * KEY_BYTES : end * KEY_BYTES], self._parent(keys, begin),
+                    tuple(tracked.blocks[begin:end]),
+                )
+            )  # fmt: skip
+
+    def _wanted(self, keys: bytes, first: int, last: int) -> np.ndarray:
+        """Numbers of the pages to store."""
+        part = keys[first * KEY_BYTES : last * KEY_BYTES]
+        parents = chain_parents(part, self._parent(keys, first))
+        missing = np.zeros(last - first, bool)
+        for space in self._spaces:
+            batch = KeyBatch(space, part, parents)
+            missing |= self._store.lookup_local(batch) == NO_TIER
+        digest = self._spaces[0].digest
+        for page in np.flatnonzero(missing):
+            key = part[page * KEY_BYTES : (page + 1) * KEY_BYTES]
+            missing[page] = self._knows or self._sent.add(digest, key) == 1
+        return np.flatnonzero(missing) + first
+
+    @property
+    def _knows(self) -> bool:
+        """Whether what the first tier does not show from memory is not there."""
+        return self._store.tiers[0].backend.capabilities.knows
+
+    def _track(self, request: Any) -> _Tracked:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.request is not request:
+            tracked = _Tracked(request, RequestChain.of(request, self._page_size, self._adapters))
+            self._tracked[request.request_id] = tracked
+        return tracked
+
+    def _parent(self, keys: bytes, page: int) -> bytes:
+        return keys[(page - 1) * KEY_BYTES : page * KEY_BYTES] if page else b""

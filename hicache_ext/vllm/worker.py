@@ -1,0 +1,171 @@
+"""The worker's half: pages from the tiers into blocks, and from blocks into the tiers, beside the forward.
+
+Belongs here: loads and saves of one worker, and what became of them. Does not belong here: which pages (scheduler), or
+where blocks are (blocks).
+
+A load has a deadline and goes through memory of the store's own, so nothing is written into a block after the request
+was told. A save copies the blocks before the step ends, within a limit, so nothing reads a block that vLLM has given to
+somebody else; whatever finds no room is not stored. Nothing here raises into the forward.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from functools import partial
+
+from hicache_ext.page import NO_PARENT, Namespace, chain_parents
+from hicache_ext.store import TieredStore
+from hicache_ext.store.copies import CopyBudget, copy_pages
+from hicache_ext.store.inject import FaultyStore
+from hicache_ext.vllm.blocks import Blocks
+from hicache_ext.vllm.identity import at_epoch
+from hicache_ext.vllm.metadata import Pages, StepMetadata
+from hicache_ext.vllm.settings import Settings
+from storage_backends.base import CLOSE_SECONDS, Completion, Outcome
+
+logger = logging.getLogger(__name__)
+
+#: Longest wait of a step that computes nothing while loads are on their way: vLLM would ask again at once, and take
+#: the processor that the loads need.
+_IDLE_SECONDS = 0.002
+
+
+class WorkerHalf:
+    """Called by vLLM's model runner, on its thread; completions come on the store's."""
+
+    def __init__(
+        self, settings: Settings, store: TieredStore | FaultyStore, blocks: Blocks, space: Namespace, writes: bool
+    ) -> None:
+        """writes: whether this rank stores pages. Several may hold the same bytes."""
+        self._settings, self._store, self._blocks, self._told = settings, store, blocks, space
+        self._space, self._epoch = space, ""
+        self._writes = writes
+        self._copies = CopyBudget(int(settings.options.save_bytes))
+        self._cond = threading.Condition()
+        self._loading = 0
+        self._saving = 0
+        self._arrived: set[str] = set()
+        self._invalid: set[int] = set()
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def space(self) -> Namespace:
+        """Where the pages are, before any reset."""
+        return self._told
+
+    # ---- loads
+
+    def load(self, meta: StepMetadata) -> None:
+        """Start the loads of this step."""
+        self._follow(meta.epoch)
+        deadline = time.monotonic() + self._settings.options.load_timeout
+        for pages in meta.loads:
+            with self._cond:
+                self._loading += 1
+            since = time.monotonic()
+            try:
+                batch = self._blocks.batch(
+                    self._space, pages.keys, chain_parents(pages.keys, pages.parent or NO_PARENT), pages.blocks
+                )
+                sent = self._store.read(batch, deadline)
+            except Exception:
+                logger.exception("hicache_ext: a load could not be started; its pages are recomputed")
+                sent = Completion.finished(len(pages.blocks), Outcome.FAILED)
+            sent.on_done(partial(self._loaded, pages, since))
+        if meta.idle:
+            with self._cond:
+                if self._loading and not self._arrived:
+                    self._cond.wait(_IDLE_SECONDS)
+
+    def _loaded(self, pages: Pages, since: float, done: Completion) -> None:
+        bad = [block for block, outcome in zip(pages.blocks, done.outcomes, strict=True) if outcome != Outcome.HIT]
+        good = len(pages.blocks) - len(bad)
+        with self._cond:
+            self._loading -= 1
+            self._invalid.update(bad)
+            self._arrived.add(pages.request)
+            self._account("load", done.outcomes, since)
+            self._counts["load_bytes"] += good * self._told.layout.payload_bytes
+            self._cond.notify_all()
+
+    def finished_loads(self) -> tuple[set[str], set[int]]:
+        """Requests whose loads have ended since the last call, and the blocks that did not arrive: together, since
+        vLLM must know of bad blocks no later than of the end."""
+        with self._cond:
+            arrived, self._arrived = self._arrived, set()
+            invalid, self._invalid = self._invalid, set()
+            return arrived, invalid
+
+    # ---- saves
+
+    def save(self, meta: StepMetadata) -> None:
+        """Copy this step's pages out of their blocks, and store the copies in the background."""
+        self._follow(meta.epoch)
+        if not self._writes:
+            return
+        for pages in meta.saves:
+            try:
+                self._save(pages)
+            except Exception:
+                logger.exception("hicache_ext: pages could not be stored")
+                self._count("save_failed", len(pages.blocks))
+
+    def _save(self, pages: Pages) -> None:
+        since = time.monotonic()
+        batch = self._blocks.batch(
+            self._space, pages.keys, chain_parents(pages.keys, pages.parent or NO_PARENT), pages.blocks
+        )
+        copy = self._copies.take(batch)
+        if copy is None:
+            self._count("save_no_room", len(batch))
+            return
+        every = list(range(len(batch)))
+        copy_pages(batch, every, copy, every)
+        with self._cond:
+            self._saving += 1
+            self._counts["save_copy_us"] += int((time.monotonic() - since) * 1e6)
+
+        def stored(done: Completion) -> None:
+            self._copies.give(copy)
+            with self._cond:
+                self._saving -= 1
+                self._account("save", done.outcomes, since)
+                self._counts["save_bytes"] += done.outcomes.count(Outcome.HIT) * self._told.layout.payload_bytes
+                self._cond.notify_all()
+
+        try:
+            self._store.write(copy).on_done(stored)
+        except Exception:
+            stored(Completion.finished(len(batch), Outcome.FAILED))
+            raise
+
+    # ---- the rest
+
+    def take_counts(self) -> dict[str, int]:
+        """What happened since the last call, by name."""
+        with self._cond:
+            counts, self._counts = self._counts, Counter()
+            return dict(counts)
+
+    def close(self) -> None:
+        """Wait, not for ever, until nothing is on its way: blocks and copies are free then."""
+        with self._cond:
+            self._cond.wait_for(lambda: not (self._loading or self._saving), CLOSE_SECONDS)
+
+    def _follow(self, epoch: str) -> None:
+        if epoch != self._epoch:
+            self._epoch, self._space = epoch, at_epoch(self._told, epoch)
+
+    def _count(self, name: str, number: int) -> None:
+        with self._cond:
+            self._counts[name] += number
+
+    def _account(self, what: str, outcomes: bytes | bytearray, since: float) -> None:
+        for outcome in Outcome:
+            if number := outcomes.count(outcome):
+                self._counts[f"{what}_{outcome.name.lower()}"] += number
+        self._counts[f"{what}_us"] += int((time.monotonic() - since) * 1e6)
+        self._counts[f"{what}_batches"] += 1
