@@ -43,7 +43,7 @@ class Stats(KVConnectorStats):
     """data: counts by name, of one interval."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data.clear()
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         for name, number in other.data.items():
