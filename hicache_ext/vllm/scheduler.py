@@ -33,13 +33,18 @@ _SENT_PAGES, _SENT_SECONDS = 1 << 17, 600.0
 
 @dataclass
 class _Tracked:
-    """One request. blocks: its block table. saved: pages seen to. planned: (first page, tiers) of a load to come."""
+    """One request. blocks: its block table. saved: pages seen to. planned: (first page, tiers) of a load to come.
+
+    loading: blocks of its last load. failed: not all of it came; what is missing is computed, not asked for again.
+    """
 
     request: Any
     chain: RequestChain | None
     blocks: list[int] = field(default_factory=list)
     saved: int = 0
     planned: tuple[int, np.ndarray] | None = None
+    loading: frozenset[int] = frozenset()
+    failed: bool = False
 
 
 class SchedulerHalf:
@@ -74,7 +79,7 @@ class SchedulerHalf:
         tracked.planned = None
         if tracked.chain is None or not self._settings.loads or not self._spaces:
             return 0
-        if getattr(request, "skip_reading_prefix_cache", False):
+        if tracked.failed or getattr(request, "skip_reading_prefix_cache", False):
             return 0
         # At least one token is left to compute: a forward without any gives no logits.
         first, last = computed // self._page_size, (request.num_tokens - 1) // self._page_size
@@ -100,12 +105,9 @@ class SchedulerHalf:
             return
         first, pages = planned[0], tokens // self._page_size
         keys = tracked.chain.keys(first + pages)
-        self._loads.append(
-            Pages(
-                request.request_id, keys[first * KEY_BYTES :], self._parent(keys, first),
-                tuple(blocks[first : first + pages]),
-            )
-        )  # fmt: skip
+        wanted = tuple(blocks[first : first + pages])
+        tracked.loading = frozenset(wanted)
+        self._loads.append(Pages(request.request_id, keys[first * KEY_BYTES :], self._parent(keys, first), wanted))
         # What vLLM asks next, of these tokens: which tier they come from.
         tracked.planned = planned
 
@@ -116,6 +118,14 @@ class SchedulerHalf:
             return {}
         tiers, counts = np.unique(tracked.planned[1], return_counts=True)
         return {int(tier): int(count) * self._page_size for tier, count in zip(tiers, counts, strict=True)}
+
+    def loaded(self, requests: set[str], invalid: set[int]) -> None:
+        """The loads of these requests have ended, without these blocks."""
+        for name in requests:
+            tracked = self._tracked.get(name)
+            if tracked is not None:
+                tracked.failed = bool(tracked.loading & invalid)
+                tracked.loading = frozenset()
 
     def finished(self, request: Any) -> None:
         """The request is over. A load on its way goes on: vLLM keeps its blocks until the worker reports it."""

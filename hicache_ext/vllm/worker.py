@@ -50,6 +50,7 @@ class WorkerHalf:
         self._arrived: set[str] = set()
         self._invalid: set[int] = set()
         self._counts: Counter[str] = Counter()
+        self._taken: Counter[str] = Counter()
 
     @property
     def space(self) -> Namespace:
@@ -144,11 +145,17 @@ class WorkerHalf:
 
     # ---- the rest
 
+    def counts(self) -> dict[str, int]:
+        """What happened since the start, by name."""
+        with self._cond:
+            return dict(self._counts)
+
     def take_counts(self) -> dict[str, int]:
         """What happened since the last call, by name."""
         with self._cond:
-            counts, self._counts = self._counts, Counter()
-            return dict(counts)
+            taken = self._counts - self._taken
+            self._taken = self._counts.copy()
+            return dict(taken)
 
     def close(self) -> None:
         """Wait, not for ever, until nothing is on its way: blocks and copies are free then."""

@@ -1,0 +1,378 @@
+"""Scenarios of the connector under real vLLM. Each returns what the test asserts on; assertions here are of the rig.
+
+Run by rig.py, in forked children.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rig import PAGE, Engine, local, prompt
+
+LONG, SHORT = prompt(400), prompt(37, seed=8)
+MANY = [prompt(150, seed=20 + i) for i in range(4)]
+KILLED = [prompt(400, seed=40 + i) for i in range(20)]
+
+
+def plain(root: Path) -> Any:
+    """No connector: what every other scenario must agree with."""
+    engine = Engine(root)
+    return {
+        "outputs": engine.run(LONG, SHORT), "many": engine.run(*MANY, tokens=100), "killed": engine.run(KILLED[0])
+    }  # fmt: skip
+
+
+def cold(root: Path) -> Any:
+    engine = Engine(root, local(root))
+    outputs = engine.run(LONG, SHORT)
+    engine.settle()
+    result = {"outputs": outputs, "stored": engine.store.stats()["local"]["pages"], "leaked": engine.leaked()}
+    engine.close()
+    return result
+
+
+def warm(root: Path) -> Any:
+    """A fresh process; then the same one again and again, with and without the connector's own reset."""
+    engine = Engine(root, local(root))
+    result: dict[str, Any] = {"first": engine.run(LONG, SHORT)}
+    engine.forget_device()
+    result["again"] = engine.run(LONG, SHORT)
+    result["counts"] = engine.worker.counts()
+    engine.forget_device(connector=True)
+    result["after_reset"] = engine.run(LONG, SHORT)
+    engine.settle()
+    engine.forget_device()
+    result["stored_anew"] = engine.run(LONG, SHORT)
+    result["leaked"] = engine.leaked()
+    engine.close()
+    return result
+
+
+def salts(root: Path) -> Any:
+    engine = Engine(root, local(root, "salts"))
+    result = {}
+    for name, salt in (("a", "a"), ("b", "b"), ("a_again", "a"), ("none", None)):
+        result[name] = engine.run(LONG, salt=salt)
+        engine.settle()
+        engine.forget_device()
+    return result
+
+
+def damaged(root: Path) -> Any:
+    """Every stored byte behind the headers set to zero, by hand: served pages would give other tokens."""
+    engine = Engine(root, local(root, "damaged"))
+    engine.run(LONG)
+    engine.settle()
+    engine.close()
+    zeroed = 0
+    for extent in (root / "damaged").rglob("*.ext"):
+        with extent.open("r+b") as file:
+            size = file.seek(0, 2)
+            for at in range(64 << 10, size, 64 << 10):  # leaves the headers of slots alone, all but by chance
+                file.seek(at + 16384)
+                file.write(bytes(16384))
+                zeroed += 1
+    engine = Engine(root, local(root, "damaged"))
+    result = {"zeroed": zeroed, "outputs": engine.run(LONG), "counts": engine.worker.counts()}
+    engine.settle()
+    engine.forget_device()
+    result |= {"healed": engine.run(LONG), "leaked": engine.leaked()}
+    return result
+
+
+def unverified(root: Path) -> Any:
+    """The negative control: a store that says HIT and gives zeroes. The tokens must be wrong, or loads do nothing."""
+    from storage_backends.base import Completion, Outcome
+
+    engine = Engine(root, local(root, "unverified"))
+    engine.run(LONG)
+    engine.settle()
+    engine.forget_device()
+
+    def lie(batch: Any, deadline: float | None = None) -> Completion:
+        for page in range(len(batch)):
+            for buffer in batch.buffers(page):
+                buffer[:] = bytes(len(buffer))
+        return Completion.finished(len(batch), Outcome.HIT)
+
+    engine.store.read = lie
+    return {"outputs": engine.run(LONG)}
+
+
+def _some_fail(engine: Engine, every: int) -> None:
+    """Every so many-th page that is read has failed."""
+    from storage_backends.base import Completion, Outcome
+
+    real = engine.store.read
+
+    def read(batch: Any, deadline: float | None = None) -> Completion:
+        told = Completion(len(batch))
+        outcomes = real(batch, deadline).result(30)
+        told.settle_many(
+            range(len(batch)),
+            [Outcome.FAILED if page % every == every - 1 else outcome for page, outcome in enumerate(outcomes)],
+        )
+        return told
+
+    engine.store.read = read
+
+
+def failing(root: Path) -> Any:
+    """Loads fail in the middle of the prefix: those pages are computed, nothing else happens."""
+    engine = Engine(root, local(root, "failing"))
+    engine.run(LONG, SHORT)
+    engine.settle()
+    engine.forget_device()
+    _some_fail(engine, 5)
+    outputs = engine.run(LONG, SHORT)
+    return {"outputs": outputs, "counts": engine.worker.counts(), "leaked": engine.leaked()}
+
+
+def hung(root: Path) -> Any:
+    """A device that never answers: the request goes on after its time, and no late byte lands in its blocks."""
+    from storage_backends.base import Completion
+
+    engine = Engine(root, local(root, "hung"), options={"load_timeout": 0.5})
+    engine.run(LONG)
+    engine.settle()
+    engine.forget_device()
+    backend = engine.store.tiers[0].backend
+    held: list[tuple[Any, Completion]] = []
+    real = backend.read
+
+    def never(batch: Any) -> Completion:
+        held.append((batch, Completion(len(batch), backend.dispatcher)))
+        return held[-1][1]
+
+    backend.read = never
+    outputs = engine.run(LONG)
+    counts = engine.worker.counts()
+    backend.read = real
+    for batch, completion in held:  # the device answers at last, with other bytes
+        for page in range(len(batch)):
+            for buffer in batch.buffers(page):
+                buffer[:] = b"\x77" * len(buffer)
+        completion.settle_many(range(len(batch)), [1] * len(batch))
+    result = {"outputs": outputs, "counts": counts, "held": len(held), "after": engine.run(LONG)}
+    return result | {"leaked": engine.leaked()}
+
+
+def preempted(root: Path) -> Any:
+    """Too few blocks for all: vLLM preempts, and takes the prefix of what it resumes from the tiers."""
+    engine = Engine(root, local(root, "preempted"), num_gpu_blocks_override=20)
+    preemptions = 0
+    real = engine.scheduler._preempt_request
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal preemptions
+        preemptions += 1
+        return real(*args, **kwargs)
+
+    engine.scheduler._preempt_request = counted
+    outputs = engine.run(*MANY, tokens=100)
+    engine.settle()
+    result = {"outputs": outputs, "preemptions": preemptions, "leaked": engine.leaked()}
+    engine.forget_device()
+    result["counts"] = engine.worker.counts()
+    engine.close()
+    return result
+
+
+def chunked(root: Path) -> Any:
+    """Prompts prefilled in pieces that are no multiple of a page."""
+    engine = Engine(
+        root,
+        local(root, "chunked"),
+        enable_chunked_prefill=True,
+        max_num_batched_tokens=72,
+        long_prefill_token_threshold=72,
+    )
+    result: dict[str, Any] = {"first": engine.run(LONG, SHORT)}
+    engine.settle()
+    engine.forget_device()
+    result |= {"again": engine.run(LONG, SHORT), "leaked": engine.leaked()}
+    return result
+
+
+def aborted(root: Path) -> Any:
+    """A request is aborted while its pages are on their way: its blocks come back when they have arrived."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    engine = Engine(root, local(root, "aborted"))
+    engine.run(LONG)
+    engine.settle()
+    engine.forget_device()
+    backend, gate = engine.store.tiers[0].backend, threading.Event()
+    real = backend.read
+
+    def slow(batch: Any) -> Any:
+        from storage_backends.base import Completion
+
+        told = Completion(len(batch), backend.dispatcher)
+
+        def later() -> None:
+            gate.wait(30)
+            told.settle_many(range(len(batch)), real(batch).result(30))
+
+        threading.Thread(target=later, daemon=True).start()
+        return told
+
+    backend.read = slow
+    llm = engine.llm.llm_engine
+    name = llm.add_request(
+        "aborted", TokensPrompt(prompt_token_ids=LONG), SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    )
+    llm.step()
+    on_its_way = engine.leaked()
+    llm.abort_request([name or "aborted"])
+    llm.step()
+    still = engine.leaked()
+    gate.set()
+    until = time.monotonic() + 30
+    while engine.leaked() and time.monotonic() < until:
+        llm.step() if llm.has_unfinished_requests() else engine.core.step()
+        time.sleep(0.01)
+    backend.read = real
+    return {"on_its_way": on_its_way, "still": still, "leaked": engine.leaked(), "after": engine.run(LONG)}
+
+
+def reset_while_saving(root: Path) -> Any:
+    """What is on its way to be stored when the cache is reset is not served afterwards."""
+    engine = Engine(root, local(root, "reset"))
+    backend, gate = engine.store.tiers[0].backend, threading.Event()
+    real = backend.write
+
+    def slow(batch: Any) -> Any:
+        from storage_backends.base import Completion
+
+        told = Completion(len(batch), backend.dispatcher)
+
+        def later() -> None:
+            gate.wait(30)
+            told.settle_many(range(len(batch)), real(batch).result(30))
+
+        threading.Thread(target=later, daemon=True).start()
+        return told
+
+    backend.write = slow
+    engine.run(LONG)
+    engine.forget_device(connector=True)
+    gate.set()
+    engine.settle()
+    backend.write = real
+    return {"after": engine.run(LONG), "leaked": engine.leaked()}
+
+
+def killed_writer(root: Path) -> Any:
+    """Stores, and is killed while it does."""
+    engine = Engine(root, local(root, "killed"))
+    killer = threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGKILL))
+    real = engine.store.write
+    written = 0
+
+    def write(batch: Any) -> Any:
+        nonlocal written
+        written += len(batch)
+        if written > 20:
+            killer.start()
+        return real(batch)
+
+    engine.store.write = write
+    for one in KILLED:
+        engine.run(one)
+    raise AssertionError("it lives")
+
+
+def after_kill(root: Path) -> Any:
+    """What the killed writer left is served where it is whole."""
+    engine = Engine(root, local(root, "killed"))
+    outputs = engine.run(KILLED[0])
+    return {"outputs": outputs, "counts": engine.worker.counts(), "leaked": engine.leaked()}
+
+
+def server_away(root: Path) -> Any:
+    """A server that is down at start, as the only tier: nothing is cached, nothing fails."""
+    tiers = {"tiers": [{"type": "redis", "url": "redis://127.0.0.1:1/0", "connect_timeout": 0.2}]}
+    engine = Engine(root, tiers, options={"lookup_timeout": 0.3})
+    return {"outputs": engine.run(LONG, SHORT), "leaked": engine.leaked()}
+
+
+def remote(root: Path) -> Any:
+    """Pages from a server: lookups go there in the background. The server is at the port in FOLDER/redis.port."""
+    url = f"redis://127.0.0.1:{(root / 'redis.port').read_text()}/0"
+    engine = Engine(root, {"tiers": [{"type": "redis", "url": url, "prefix": "vllm"}]})
+    result: dict[str, Any] = {"first": engine.run(LONG, SHORT)}
+    engine.settle()
+    engine.forget_device()
+    result["again"] = engine.run(LONG, SHORT)
+    engine.close()
+    return result
+
+
+def remote_fresh(root: Path) -> Any:
+    """A process that has never seen the server's pages."""
+    url = f"redis://127.0.0.1:{(root / 'redis.port').read_text()}/0"
+    engine = Engine(root, {"tiers": [{"type": "redis", "url": url, "prefix": "vllm"}]})
+    waits = 0
+    real = engine.scheduler.connector._scheduler._lookups.tiers
+
+    def tiers(*args: Any) -> Any:
+        nonlocal waits
+        found = real(*args)
+        waits += found is None
+        return found
+
+    engine.scheduler.connector._scheduler._lookups.tiers = tiers
+    return {"outputs": engine.run(LONG, SHORT), "waits": waits, "leaked": engine.leaked()}
+
+
+def mistakes(root: Path) -> Any:
+    """Configurations that cannot work: one clear message each, from the constructor."""
+    said = {}
+    for name, given in {
+        "policy": {"transfer": {"kv_load_failure_policy": "fail"}},
+        "option": {"options": {"load_timeuot": 3}},
+        "tier": {"tiers": {"tiers": [{"type": "lokal", "path": "/x"}]}},
+        "file": {"tiers": str(root / "none.yaml")},
+    }.items():
+        try:
+            Engine(root, **{"tiers": local(root, "mistakes"), **given})
+        except Exception as error:
+            chain, told = error, []
+            while chain is not None:
+                told.append(str(chain))
+                chain = chain.__cause__ or chain.__context__
+            said[name] = " | ".join(told)
+    return said
+
+
+def beside_writer(root: Path) -> Any:
+    """Two engines that live at the same time on one tier: this one has started before the other one stores."""
+    engine = Engine(root, local(root, "beside"))
+    pid = os.fork()  # of an engine that has done nothing yet; the child starts one of its own
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(Path(__file__).parent / "rig.py"), str(root), "beside_other"])
+    assert os.waitpid(pid, 0)[1] == 0
+    until = time.monotonic() + 20
+    seen = 0
+    while time.monotonic() < until:
+        seen = engine.store.stats()["local"]["pages"]
+        if seen:
+            break
+        time.sleep(0.1)
+    return {"outputs": engine.run(LONG), "seen": seen, "leaked": engine.leaked()}
+
+
+def beside_other(root: Path) -> Any:
+    engine = Engine(root, local(root, "beside"))
+    engine.run(LONG)
+    engine.settle()
+    engine.close()
+    return {"page": PAGE}

@@ -1,0 +1,184 @@
+"""The connector under real vLLM: a fresh process loads what another stored, and nothing that fails costs a request.
+
+Every scenario is an engine in a process of its own (rig.py); here is what must hold of the results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.redis_server import RedisServer
+
+HERE = Path(__file__).parent
+PYTHON = Path(os.environ.get("VLLM_PYTHON") or HERE.parents[1] / "build/vllm/bin/python")
+SCENARIOS = (
+    "plain", "cold", "warm", "salts", "damaged", "unverified", "failing", "hung", "preempted", "chunked", "aborted",
+    "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh", "mistakes",
+    "beside_writer",
+)  # fmt: skip
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not PYTHON.exists(), reason="no vLLM here: make vllm-env"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What each scenario returned. A scenario that raised is missing; its trace is in the test's output."""
+    root = tmp_path_factory.mktemp("vllm")
+    with ExitStack() as stack:
+        server = stack.enter_context(RedisServer())
+        (root / "redis.port").write_text(str(server.port))
+        ran = subprocess.run(
+            [str(PYTHON), str(HERE / "rig.py"), str(root), *SCENARIOS], cwd=HERE, capture_output=True, text=True
+        )
+    print(ran.stdout[-20000:], ran.stderr[-20000:])
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return {name: json.loads(file.read_text()) for name in SCENARIOS if (file := root / f"{name}.json").exists()}
+
+
+def tokens(outputs: list[dict[str, Any]]) -> list[list[int]]:
+    return [one["tokens"] for one in outputs]
+
+
+def cached(outputs: list[dict[str, Any]]) -> list[int]:
+    return [one["cached"] for one in outputs]
+
+
+@pytest.fixture
+def right(results: dict[str, Any]) -> list[list[int]]:
+    """Tokens without a connector."""
+    return tokens(results["plain"]["outputs"])
+
+
+def test_a_fresh_process_loads_the_prefix(results: dict[str, Any], right: list[list[int]]) -> None:
+    cold, warm = results["cold"], results["warm"]
+    assert cached(cold["outputs"]) == [0, 0]
+    assert cold["stored"] == 13
+    assert tokens(cold["outputs"]) == right
+    for name in ("first", "again", "stored_anew"):
+        assert cached(warm[name]) == [384, 32], name
+        assert tokens(warm[name]) == right, name
+    assert warm["counts"]["load_hit"] == 26
+    assert cold["leaked"] == warm["leaked"] == 0
+
+
+def test_a_reset_of_the_connector_forgets(results: dict[str, Any], right: list[list[int]]) -> None:
+    assert cached(results["warm"]["after_reset"]) == [0, 0]
+    assert tokens(results["warm"]["after_reset"]) == right
+    saving = results["reset_while_saving"]
+    assert cached(saving["after"]) == [0]
+    assert tokens(saving["after"]) == right[:1]
+    assert saving["leaked"] == 0
+
+
+def test_salts_never_meet(results: dict[str, Any], right: list[list[int]]) -> None:
+    found = results["salts"]
+    assert {name: cached(outputs) for name, outputs in found.items()} == {
+        "a": [0],
+        "b": [0],
+        "a_again": [384],
+        "none": [0],
+    }
+    assert all(tokens(outputs) == right[:1] for outputs in found.values())
+
+
+def test_damaged_pages_are_computed_and_healed(results: dict[str, Any], right: list[list[int]]) -> None:
+    found = results["damaged"]
+    assert found["zeroed"]
+    assert found["counts"]["load_corrupt"] >= 10
+    assert tokens(found["outputs"]) == tokens(found["healed"]) == right[:1]
+    assert found["leaked"] == 0
+    # The negative control: without verification the same damage shows in the tokens.
+    assert cached(results["unverified"]["outputs"]) == [384]
+    assert tokens(results["unverified"]["outputs"]) != right[:1]
+
+
+def test_what_cannot_be_loaded_is_computed(results: dict[str, Any], right: list[list[int]]) -> None:
+    failing, hung = results["failing"], results["hung"]
+    assert failing["counts"]["load_failed"] == 2
+    assert tokens(failing["outputs"]) == right
+    assert hung["held"] == 1, "a request asks once"
+    assert hung["counts"]["load_timeout"] == 12
+    assert tokens(hung["outputs"]) == tokens(hung["after"]) == right[:1]
+    assert failing["leaked"] == hung["leaked"] == 0
+
+
+def test_preemption_and_chunks(results: dict[str, Any], right: list[list[int]]) -> None:
+    preempted, chunked = results["preempted"], results["chunked"]
+    assert preempted["preemptions"] > 0
+    assert preempted["counts"]["load_hit"] > 0, "what was resumed came from the tier"
+    assert tokens(preempted["outputs"]) == tokens(results["plain"]["many"])
+    assert cached(chunked["again"]) == [384, 32]
+    assert tokens(chunked["first"]) == tokens(chunked["again"]) == right
+    assert preempted["leaked"] == chunked["leaked"] == 0
+
+
+def test_an_abort_during_a_load_gives_the_blocks_back_afterwards(
+    results: dict[str, Any], right: list[list[int]]
+) -> None:
+    found = results["aborted"]
+    assert found["on_its_way"] == found["still"] == 12, "nobody gets blocks that a load may write to"
+    assert found["leaked"] == 0
+    assert tokens(found["after"]) == right[:1]
+
+
+def test_a_killed_engine_leaves_whole_pages(results: dict[str, Any]) -> None:
+    assert "killed_writer" not in results
+    found = results["after_kill"]
+    assert found["counts"]["load_hit"] == 12
+    assert tokens(found["outputs"]) == tokens(results["plain"]["killed"])
+    assert found["leaked"] == 0
+
+
+def test_a_server_that_is_away_costs_nothing(results: dict[str, Any], right: list[list[int]]) -> None:
+    found = results["server_away"]
+    assert cached(found["outputs"]) == [0, 0]
+    assert tokens(found["outputs"]) == right
+    assert found["leaked"] == 0
+
+
+def test_a_server_is_asked_in_the_background(results: dict[str, Any], right: list[list[int]]) -> None:
+    assert cached(results["remote"]["first"]) == [0, 0]
+    assert cached(results["remote"]["again"]) == [384, 32]
+    fresh = results["remote_fresh"]
+    assert fresh["waits"] > 0
+    assert cached(fresh["outputs"]) == [384, 32]
+    assert tokens(results["remote"]["again"]) == tokens(fresh["outputs"]) == right
+    assert fresh["leaked"] == 0
+
+
+def test_two_engines_share_a_tier(results: dict[str, Any], right: list[list[int]]) -> None:
+    found = results["beside_writer"]
+    assert found["seen"] == 12
+    assert cached(found["outputs"]) == [384]
+    assert tokens(found["outputs"]) == right[:1]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (
+            "policy",
+            "kv_load_failure_policy = 'fail': a page that cannot be loaded would fail its request. Fix: add \"kv_",
+        ),
+        (
+            "option",
+            "kv_connector_extra_config.load_timeuot = 3: unknown key. Fix: remove it, or use one of: load_timeout",
+        ),
+        ("tier", "tiers[0].type = 'lokal': no such backend. Fix: one of "),
+        ("file", "none.yaml: cannot be read: [Errno 2] No such file or directory"),
+    ],
+)
+def test_a_mistake_is_named_at_start(results: dict[str, Any], mistake: str, says: str) -> None:
+    assert says in results["mistakes"][mistake]
