@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-OLDEST = (0, 25)
+OLDEST = (0, 32)
 NEWEST = (0, 32)
 
 
@@ -21,8 +21,9 @@ def check(version: str) -> tuple[int, ...]:
     found = tuple(map(int, match.groups())) if match else ()
     if not found or not OLDEST <= found <= NEWEST:
         oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
+        known = oldest if oldest == newest else f"{oldest} to {newest}"
         raise UnsupportedVersion(
-            f"hicache_ext supports vLLM {oldest} to {newest}, this is {version or 'unknown'}. "
+            f"hicache_ext supports vLLM {known}, this is {version or 'unknown'}. "
             "Fix: install a supported vLLM, or a newer hicache-ext"
         )
     return found

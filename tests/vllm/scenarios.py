@@ -54,6 +54,24 @@ def warm(root: Path) -> Any:
     return result
 
 
+def producer(root: Path) -> Any:
+    """Stores and never loads."""
+    engine = Engine(root, local(root, "roles"), transfer={"kv_role": "kv_producer"})
+    engine.run(LONG)
+    engine.settle()
+    engine.forget_device()
+    outputs = engine.run(LONG)
+    engine.close()
+    return {"outputs": outputs}
+
+
+def consumer(root: Path) -> Any:
+    """Loads and never stores."""
+    engine = Engine(root, local(root, "roles"), transfer={"kv_role": "kv_consumer"})
+    outputs = engine.run(LONG, SHORT)
+    return {"outputs": outputs, "counts": engine.worker.counts(), "leaked": engine.leaked()}
+
+
 def salts(root: Path) -> Any:
     engine = Engine(root, local(root, "salts"))
     result = {}

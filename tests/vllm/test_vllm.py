@@ -20,7 +20,7 @@ from tests.redis_server import RedisServer
 HERE = Path(__file__).parent
 PYTHON = Path(os.environ.get("VLLM_PYTHON") or HERE.parents[1] / "build/vllm/bin/python")
 SCENARIOS = (
-    "plain", "cold", "warm", "salts", "damaged", "unverified", "failing", "hung", "preempted", "chunked", "aborted",
+    "plain", "cold", "warm", "producer", "consumer", "salts", "damaged", "unverified", "failing", "hung", "preempted", "chunked", "aborted",
     "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh", "mistakes",
     "beside_writer",
 )  # fmt: skip
@@ -71,6 +71,16 @@ def test_a_fresh_process_loads_the_prefix(results: dict[str, Any], right: list[l
         assert tokens(warm[name]) == right, name
     assert warm["counts"]["load_hit"] == 26
     assert cold["leaked"] == warm["leaked"] == 0
+
+
+def test_a_prefill_engine_stores_and_a_decode_engine_loads(results: dict[str, Any], right: list[list[int]]) -> None:
+    produced, consumed = results["producer"], results["consumer"]
+    assert cached(produced["outputs"]) == [0], "a producer asks nobody"
+    assert cached(consumed["outputs"]) == [384, 0]
+    assert not [name for name in consumed["counts"] if name.startswith("save")]
+    assert tokens(produced["outputs"]) == right[:1]
+    assert tokens(consumed["outputs"]) == right
+    assert consumed["leaked"] == 0
 
 
 def test_a_reset_of_the_connector_forgets(results: dict[str, Any], right: list[list[int]]) -> None:
