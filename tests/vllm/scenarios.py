@@ -183,7 +183,7 @@ def hung(root: Path) -> Any:
 
 def preempted(root: Path) -> Any:
     """Too few blocks for all: vLLM preempts, and takes the prefix of what it resumes from the tiers."""
-    engine = Engine(root, local(root, "preempted"), num_gpu_blocks_override=20)
+    engine = Engine(root, local(root, "preempted"), num_gpu_blocks_override=20, max_model_len=512)
     preemptions = 0
     real = engine.scheduler._preempt_request
 

@@ -20,9 +20,9 @@ from tests.redis_server import RedisServer
 HERE = Path(__file__).parent
 PYTHON = Path(os.environ.get("VLLM_PYTHON") or HERE.parents[1] / "build/vllm/bin/python")
 SCENARIOS = (
-    "plain", "cold", "warm", "producer", "consumer", "salts", "damaged", "unverified", "failing", "hung", "preempted", "chunked", "aborted",
-    "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh", "mistakes",
-    "beside_writer",
+    "plain", "cold", "warm", "producer", "consumer", "salts", "damaged", "unverified", "failing", "hung", "preempted",
+    "chunked", "aborted", "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh",
+    "mistakes", "beside_writer",
 )  # fmt: skip
 
 pytestmark = [
