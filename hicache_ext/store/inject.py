@@ -86,10 +86,6 @@ class FaultyStore:
     def on_residency(self, listener: Any) -> None:
         self.store.on_residency(listener)
 
-    @property
-    def tiers(self) -> Any:
-        return self.store.tiers
-
     def stats(self) -> Any:
         return self.store.stats()
 
