@@ -13,9 +13,10 @@ import pytest
 
 from hicache_ext import fingerprint
 from hicache_ext.config import Config, ConfigError
-from hicache_ext.sglang import identity, inject, seeds, versions, weights
+from hicache_ext.sglang import identity, seeds, versions, weights
 from hicache_ext.sglang.stats import AdapterStats
 from hicache_ext.sglang.tokens import BATCH_PAGES, TokenNotes
+from hicache_ext.store import inject
 
 MEMORY = {"tiers": [{"type": "tests.dictionary:DictionaryBackend", "name": "memory"}]}
 
