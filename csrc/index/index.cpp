@@ -192,6 +192,7 @@ std::vector<Page> Index::evict(
 }
 
 Numbers Index::going(const Digest& space, std::size_t count, std::size_t examine) {
+    protect(space, {});  // left over from whoever asked for a victim last
     const std::uint32_t number = known_space(space);
     if (number == NONE) return {};
     Numbers found = spaces_[number]->order.going(count, examine);

@@ -104,6 +104,7 @@ class NativeIndex:
         return list(map(Page._make, gone)), records
 
     def going(self, namespace: bytes, count: int) -> bytes:
+        self._protected = (b"", frozenset())
         return self._index.going(namespace, count, examined(count))
 
     def expired(self, namespace: bytes, limit: int, examine: int = 4096) -> list[Page]:
