@@ -207,6 +207,41 @@ def test_a_tenth_of_all_answers_is_wrong(tier: Open, server: RedisServer) -> Non
     assert backend.stats()["corrupt"] >= 25
 
 
+def test_restarted_with_other_data_under_our_keys(tier: Open, server: RedisServer) -> None:
+    """As from an old snapshot, or after somebody else's use: every name is there, with another's value."""
+    backend = tier(server.port)
+    assert store(backend) == HITS
+    client = server.client()
+    names = sorted(client.scan_iter(count=1000))
+    values = [client.get(name) for name in names]
+    server.kill()
+    server.start()
+    for at, name in enumerate(names):
+        server.client().set(name, values[at - 1])
+    assert store(backend) == HITS, "what is there and whole by its size is not sent again"
+    assert served(backend) == [Outcome.CORRUPT] * len(KEYS)
+    assert server.client().dbsize() == 0, "and is off the store"
+    recovers(backend)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_clocks_that_are_an_hour_apart(
+    tier: Open, server: RedisServer, hours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that one host decides hangs on another's time: a page's age is the server's business."""
+    one, other = tier(server.port, ttl=600), tier(server.port, ttl=600)
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + hours * 3600 * 10**9)
+    assert store(one) == HITS
+    monkeypatch.setattr(time, "time_ns", now)
+    assert served(other) == HITS
+    assert other.lookup(key_batch(SPACE, KEYS)).all()
+    client = server.client()
+    assert all(590 < client.ttl(name) <= 600 for name in client.scan_iter())
+    assert store(other) == HITS
+    assert other.stats()["present"] == len(KEYS)
+
+
 def test_a_longer_value_overruns_nothing(tier: Open, server: RedisServer) -> None:
     backend = tier(server.port)
     assert store(backend, KEYS[:3]) == HITS[:3]

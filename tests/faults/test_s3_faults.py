@@ -6,6 +6,8 @@ import http.server
 import logging
 import random
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from hicache_ext.page import Namespace
 from storage_backends.base import Backend, Dispatcher, Outcome
 from tests import pages
 from tests.certificates import certificate
+from tests.child import die_with_parent
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.proxy import Proxy
 from tests.redis_server import free_port
@@ -30,6 +33,9 @@ SPACE = namespace((65536, 65536))
 PAGE = SPACE.layout.payload_bytes
 KEYS = chain("a", 8)
 HITS = [Outcome.HIT] * len(KEYS)
+
+#: A server that can be started on a port of our choice.
+STAND_IN = Path(__file__).parents[2] / "examples" / "bench" / "s3_server.py"
 
 Open = Callable[..., Backend]
 
@@ -259,6 +265,48 @@ def test_a_certificate_that_nobody_vouches_for_or_that_expired(tier: Open, stack
         more = {"tls_ca": cert} if trusted else {}
         backend = tier(0, "cache", endpoint=f"https://127.0.0.1:{web.server_port}", timeout=3, **more)
         assert set(served(backend)) == {Outcome.FAILED}
+
+
+class Gate(http.server.BaseHTTPRequestHandler):
+    """Lets nobody in, for the reason in `code`."""
+
+    code = ""
+
+    def refuse(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>".encode()
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = refuse
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("code", ["SignatureDoesNotMatch", "RequestTimeTooSkewed"])
+def test_a_wrong_secret_and_a_clock_that_is_an_hour_off(tier: Open, stack: ExitStack, code: str) -> None:
+    """A store that refuses for such a reason costs misses, and is used again when it lets us in."""
+    handler = type("ThisGate", (Gate,), {"code": code})
+    gate = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    gate.daemon_threads = True
+    threading.Thread(target=gate.serve_forever, daemon=True).start()
+    port = gate.server_port
+    backend = tier(port, "cache", timeout=3)
+    assert set(store(backend)) == {Outcome.FAILED}
+    assert set(served(backend)) == {Outcome.FAILED}
+    assert not backend.lookup(key_batch(SPACE, KEYS)).any()
+    assert backend.stats()["state"] != "ok"
+    gate.shutdown()
+    gate.server_close()
+    command = [sys.executable, str(STAND_IN), str(port)]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent)
+    stack.callback(server.wait)
+    stack.callback(server.kill)
+    recovers(backend)
 
 
 def test_a_secret_shows_nowhere(
