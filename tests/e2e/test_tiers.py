@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +82,6 @@ SETUPS = [
     Setup("s3", lambda stage: [stage.s3_tier()]),
     Setup("local", lambda stage: [stage.local_tier()]),
     Setup("memory", lambda _: [{"type": "memory", "capacity": "256MiB"}], kept=False),
-    Setup("shared_fs", lambda stage: [{"type": "shared_fs", "path": stage.folder(), "capacity": "256MiB"}]),
     Setup("nvme-redis", lambda stage: [stage.local_tier(), stage.redis_tier(prefix="second")]),
     Setup("nvme-s3", lambda stage: [stage.local_tier(), stage.s3_tier()]),
 ]
@@ -224,11 +222,6 @@ def test_a_tier_that_is_not_there_yet(client: Client, stage: Stage) -> None:
     with RedisServer(port=port):
         comes_back(client, stage)
     assert loaded(client, stage) == 0
-
-
-def test_nothing_of_all_that_left_a_trace(client: Client) -> None:
-    traces = re.findall(r"Traceback \(most recent call last\):\n((?:[ \t].*\n)+)", client.log())
-    assert not [trace for trace in traces if "/hicache_ext/" in trace or "/storage_backends/" in trace]
 
 
 def test_a_wrong_file_is_refused_and_a_right_one_is_taken(client: Client, stage: Stage) -> None:
