@@ -69,7 +69,7 @@ class Site:
         return StoreWorker(host, self._folder / name, [first, *tiers] if disk else tiers)
 
 
-@pytest.fixture(params=["redis", "shared_fs"])
+@pytest.fixture(params=["redis"])
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     with ExitStack() as stack:
         yield Site(stack, tmp_path, request.param)
