@@ -28,19 +28,16 @@ from typing import Any
 
 from hicache_ext.events.announcer import Announcer
 from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored
+from hicache_ext.events.watch import Watch
 from hicache_ext.sglang.naming import Naming
-from hicache_ext.store.health import State
-from storage_backends.base import Notes, Residency
+from storage_backends.base import Notes
 
 logger = logging.getLogger(__name__)
 
-MEDIA = ("DISK", "EXTERNAL")
 #: Blocks in ready events, beyond which no more are made; and those that one call of the scheduler's moves.
 _READY_BLOCKS, _MOVED_BLOCKS = 16384, 2048
 #: Blocks that are composed at a time.
 _COMPOSED = 128
-#: Pages that are looked over in a turn.
-_LOOKED_OVER = 1024
 _TURN_SECONDS, _BUSY_SECONDS = 0.2, 0.02
 
 
@@ -55,7 +52,7 @@ class TierEvents:
         self._made = self._moved = 0  # blocks that were ever made ready, and taken or thrown away again
         self._full = False
         self._composing = threading.Lock()
-        self._attached: _Attached | None = None
+        self._attached: Watch | None = None
         self._adapter: weakref.ref[Any] | None = None
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -116,14 +113,14 @@ class TierEvents:
             if self._convert is None:
                 return
             self._detach()
-            self._attached = _Attached(adapter, self.announcer, self._wake)
+            self._attached = Watch(adapter.store, self.announcer, adapter.served_namespace, self._wake.set)
             self._start()
         self._wake.set()
 
     def detach(self, adapter: Any) -> None:
         """Storage is gone, and all that it held."""
         with self._lock:
-            if self._attached is not None and self._attached.adapter is adapter:
+            if self._attached is not None and self._attached.store is adapter.store:
                 self._detach()
         if self._adapter is not None and self._adapter() is adapter:
             self._adapter = None
@@ -185,67 +182,6 @@ class TierEvents:
         attached = self._attached
         namespace = None if attached is None else attached.namespace
         return [None] * len(keys) if namespace is None else self.announcer.tokens(namespace, keys)
-
-
-class _Attached:
-    """One adapter, from attach to detach."""
-
-    def __init__(self, adapter: Any, announcer: Announcer, wake: threading.Event) -> None:
-        self.adapter = adapter
-        self.namespace: bytes | None = None
-        self._announcer, self._wake = announcer, wake
-        self._numbers: dict[int, int | None] = {}
-        self._names: list[bytes] = []
-        self._closed = False
-        self._lock = threading.Lock()
-        adapter.store.on_residency(self._hear)
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            numbers = [number for number in self._numbers.values() if number is not None]
-        for number in numbers:
-            self._announcer.drop(number)
-
-    def turn(self) -> bool:
-        """Follow what nobody reports, a slice of it; whether more of it is there now."""
-        namespace = self.adapter.served_namespace()
-        if namespace is not None:
-            self.namespace = namespace
-        self._announcer.serve(() if namespace is None else (namespace,))
-        more = False
-        tiers = self.adapter.store.tiers
-        for index, tier in enumerate(tiers):
-            number = self._numbers.get(index)
-            if number is not None:
-                self._announcer.show(number, tier.reads.state is State.CLOSED)
-            if namespace is not None and not self._closed:
-                more |= tier.backend.tell(namespace)
-        if not self._names:
-            self._names = self._announcer.names()
-        looked, self._names = self._names[-_LOOKED_OVER:], self._names[:-_LOOKED_OVER]
-        for index, tier in enumerate(tiers):
-            number = self._numbers.get(index)
-            if number is not None and not self._closed:
-                for space, keys in self._announcer.held(number, looked):
-                    tier.backend.recheck(space, keys)
-        return more
-
-    def _hear(self, index: int, change: Residency, namespace: bytes, keys: bytes, notes: Notes | None) -> None:
-        with self._lock:
-            if self._closed:
-                return
-            if index not in self._numbers:
-                medium = self.adapter.store.tiers[index].backend.capabilities.medium
-                self._numbers[index] = self._announcer.add(medium) if medium in MEDIA else None
-            number = self._numbers[index]
-        if number is None:
-            return
-        if change is Residency.STORED:
-            self._announcer.stored(number, namespace, keys, notes)
-        else:
-            self._announcer.removed(number, namespace, keys)
-        self._wake.set()
 
 
 class _WithTiers:
