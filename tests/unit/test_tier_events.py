@@ -20,13 +20,13 @@ from hicache_ext.page import Namespace
 from hicache_ext.sglang.announcing import TierEvents, _WithTiers
 from hicache_ext.store import TieredStore
 from storage_backends.base import Capabilities, Notes, Outcome
-from storage_backends.memory import MemoryBackend
+from tests.dictionary import DictionaryBackend
 from tests.pages import HostPool, chain, key_batch, namespace
 
 SPACE = namespace()
 
 
-class Remote(MemoryBackend):
+class Remote(DictionaryBackend):
     """A store on a server that every worker of this process reaches: it answers, and knows nothing by itself."""
 
     pages: OrderedDict[tuple[bytes, bytes], Any] = OrderedDict()  # noqa: RUF012
