@@ -82,6 +82,8 @@ SETUPS = [
     Setup("s3", lambda stage: [stage.s3_tier()]),
     Setup("local", lambda stage: [stage.local_tier()]),
     Setup("memory", lambda _: [{"type": "memory", "capacity": "256MiB"}], kept=False),
+    Setup("shared_fs", lambda stage: [{"type": "shared_fs", "path": stage.folder()}]),
+    Setup("nixl", lambda stage: [{"type": "nixl", "path": stage.folder(), "capacity": "256MiB"}]),
     Setup("nvme-redis", lambda stage: [stage.local_tier(), stage.redis_tier(prefix="second")]),
     Setup("nvme-s3", lambda stage: [stage.local_tier(), stage.s3_tier()]),
 ]
