@@ -87,7 +87,7 @@ class Directory:
         self.folders: dict[int, Folder] = {}
         self.writer: Writer | None = None
         self.share = capacity
-        self.wanted_at = self._crowded_until = -math.inf
+        self.wanted_at = self._crowded_until = self._parted_until = -math.inf
         self.slow_from = math.inf
         self.short: dict[bytes, tuple[Namespace, SlotShape]] = {}
         self.wake = threading.Event()
@@ -188,6 +188,11 @@ class Directory:
         writer = self.writer
         assert writer is not None
         least = BLOCK + shape.slot_bytes
+        if self.share - writer.disk_bytes < least and time.monotonic() >= self._parted_until:
+            # That part is as of a while ago, when we may have wanted nothing. What nobody holds is for who wants it.
+            self._parted_until = time.monotonic() + _CROWDED_SECONDS
+            self.wanted_at = time.monotonic()
+            self.update_share()
         if self.share - writer.disk_bytes < least or time.monotonic() < self._crowded_until:
             return None
         share = min(self.share, self.capacity - sum(folder.disk_bytes() for folder in self.folders.values()))
