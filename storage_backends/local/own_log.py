@@ -92,15 +92,13 @@ class OwnLog:
             self._waiting.append(records if isinstance(records, bytes) else encode(records))
 
     def flush(self) -> None:
-        """Write what waits. Without the tier's lock; while another thread does it, that one does it all.
+        """Write what waits; a page may be called stored once its record is here. Without the tier's lock.
 
         A failure is counted, and said once: the index is right all the same, and the next start scans headers.
         """
-        while self._waiting and self._io.acquire(blocking=False):
-            try:
+        with self._io:  # also where nothing waits: another thread may be writing what this one appended
+            if self._waiting:
                 self._write_waiting()
-            finally:
-                self._io.release()
 
     def _write_waiting(self) -> None:
         records = b"".join([self._waiting.popleft() for _ in range(len(self._waiting))])

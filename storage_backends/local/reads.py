@@ -143,14 +143,24 @@ class Reads:
         }
         group.io.give(group, places)
         outcomes: Sequence[int] = _HIT * len(places)
+        good = verdicts.count(Verdict.VALID) == len(verdicts)
         with self._tier.lock:
             flight.disk.ended(moved)
-            if verdicts.count(Verdict.VALID) < len(verdicts):
+            if good:
+                self._unpin(flight, places, others)
+            else:
                 outcomes = [
                     self._outcome(flight, place, result, verdict)
                     for place, result, verdict in zip(places, moved, verdicts, strict=True)
                 ]
-            self._unpin(flight, places, others)
+        if not good:
+            # The log says that they are gone before their slots are cleared: a kill leaves nothing that it names.
+            self._tier.writers.flush()
+            with self._tier.lock:
+                for place, outcome in zip(places, outcomes, strict=True):
+                    if outcome == Outcome.CORRUPT and flight.held.own[place]:
+                        self._tier.erase(flight.extents[place], flight.held.slots[place])
+                self._unpin(flight, places, others)
         flight.completion.settle_many([flight.held.pages[place] for place in places], outcomes)
 
     def _outcome(self, flight: _Flight, place: int, moved: int, verdict: int) -> Outcome:
@@ -176,8 +186,6 @@ class Reads:
         what = Verdict(verdict).name.lower().replace("_", " ")
         tier.say("corrupt", "a page failed verification (%s) and is quarantined", what)
         tier.drop(page, "corrupt")
-        if page.own:
-            tier.erase(flight.extents[place], page.slot)
         return Outcome.CORRUPT
 
     def _unpin(self, flight: _Flight, places: Sequence[int], others: Mapping[int, Found]) -> None:

@@ -79,6 +79,10 @@ class Writes:
                 part.disk.begun(len(part.pages))
         completion.settle_many(known, _HIT * len(known))
         completion.settle_many([page for page, _ in grant.refused], refused)
+        if not tier.several:
+            # What made room is said in the log before anything lies in its place: a kill in between costs no page that
+            # the log still names. Of several disks, one that hangs would hold up the others' pages.
+            tier.writers.flush()
         now = time.time_ns()
         flights = [_Flight(completion, batch, part, now) for part in grant.parts]
         begin_all(flights, partial(self._begin, cancelled), self._abandon, tier.several)

@@ -39,7 +39,7 @@ CAPACITY = 8 * MIB
 SECTOR = 512
 SPACES = [namespace((8192, 8192)), namespace((4096,), model="model-b")]
 POINTS = 500  # for each of the engines that write
-_MARKS = "marks"
+_MARKS, _GIVEN_UP = "marks", "given-up"
 
 Page = tuple[bytes, bytes]
 """(namespace digest, key)"""
@@ -83,7 +83,9 @@ def run(disk: Disk, tier: Open, marks: int) -> list[Page]:
         outcomes = backend.read(HostPool(SPACES[0], len(keys)).batch(keys)).result(30)
         assert Outcome.CORRUPT in outcomes, "some are quarantined"
         disk.plan.write_text("{}")
-        assert backend.remove(key_batch(SPACES[0], chain(f"{start}/1/37", 12)))
+        keys = chain(f"{start}/1/37", 12)
+        (disk.path / _GIVEN_UP).write_bytes(SPACES[0].digest + b"".join(keys))  # from here on nobody owes them
+        assert backend.remove(key_batch(SPACES[0], keys))
         backend.close()
     backend = tier(capacity=CAPACITY)
     for turn in range(12):
@@ -153,10 +155,13 @@ class Directory:
 
     def _read(self, event: Event) -> None:
         """Who is acknowledged, and who was given up again: that the log says so is enough."""
-        if event.path == _MARKS:
+        if event.path in (_MARKS, _GIVEN_UP):
             digest = event.data[:16]
-            keys = [event.data[at : at + KEY_BYTES] for at in range(16, len(event.data), KEY_BYTES)]
-            self.owed.update(page for key in keys if (page := (digest, key)) in self._extents)
+            pages = [(digest, event.data[at : at + KEY_BYTES]) for at in range(16, len(event.data), KEY_BYTES)]
+            if event.path == _MARKS:
+                self.owed.update(page for page in pages if page in self._extents)
+            else:
+                self.owed.difference_update(pages)
         elif event.path.endswith(NAME):
             for at in range(0, len(event.data), RECORD_BYTES):
                 try:
