@@ -14,8 +14,8 @@ from hicache_ext.page import Namespace
 
 @dataclass(frozen=True)
 class Pages:
-    """Pages of one request, a run of its chain. keys: n x 32 bytes. parent: the page before, zeroes where there is
-    none. blocks: n block numbers.
+    """Pages of one request, a run of its chain. keys: n x 32 bytes. parent: the page before, empty where there is none.
+    blocks: n block numbers.
     """
 
     request: str

@@ -207,10 +207,10 @@ class SchedulerHalf:
         for space in self._spaces:
             batch = KeyBatch(space, part, parents)
             missing |= self._store.lookup_local(batch) == NO_TIER
-        digest = self._spaces[0].digest
-        for page in np.flatnonzero(missing):
-            key = part[page * KEY_BYTES : (page + 1) * KEY_BYTES]
-            missing[page] = self._knows or self._sent.add(digest, key) == 1
+        if not self._knows:
+            digest = self._spaces[0].digest
+            for page in np.flatnonzero(missing):
+                missing[page] = self._sent.add(digest, part[page * KEY_BYTES : (page + 1) * KEY_BYTES]) == 1
         return np.flatnonzero(missing) + first
 
     @property

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from functools import partial
 
-from hicache_ext.page import NO_PARENT, Namespace, chain_parents
+from hicache_ext.page import Namespace, chain_parents
 from hicache_ext.store import TieredStore
 from hicache_ext.store.copies import CopyBudget, copy_pages
 from hicache_ext.store.inject import FaultyStore
@@ -24,7 +24,7 @@ from hicache_ext.vllm.blocks import Blocks
 from hicache_ext.vllm.identity import at_epoch
 from hicache_ext.vllm.metadata import Pages, StepMetadata
 from hicache_ext.vllm.settings import Settings
-from storage_backends.base import CLOSE_SECONDS, Completion, Outcome
+from storage_backends.base import CLOSE_SECONDS, Completion, Outcome, PageBatch
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,7 @@ class WorkerHalf:
                 self._loading += 1
             since = time.monotonic()
             try:
-                batch = self._blocks.batch(
-                    self._space, pages.keys, chain_parents(pages.keys, pages.parent or NO_PARENT), pages.blocks
-                )
-                sent = self._store.read(batch, deadline)
+                sent = self._store.read(self._batch(pages), deadline)
             except Exception:
                 logger.exception("hicache_ext: a load could not be started; its pages are recomputed")
                 sent = Completion.finished(len(pages.blocks), Outcome.FAILED)
@@ -116,9 +113,7 @@ class WorkerHalf:
 
     def _save(self, pages: Pages) -> None:
         since = time.monotonic()
-        batch = self._blocks.batch(
-            self._space, pages.keys, chain_parents(pages.keys, pages.parent or NO_PARENT), pages.blocks
-        )
+        batch = self._batch(pages)
         copy = self._copies.take(batch)
         if copy is None:
             self._count("save_no_room", len(batch))
@@ -161,6 +156,9 @@ class WorkerHalf:
         """Wait, not for ever, until nothing is on its way: blocks and copies are free then."""
         with self._cond:
             self._cond.wait_for(lambda: not (self._loading or self._saving), CLOSE_SECONDS)
+
+    def _batch(self, pages: Pages) -> PageBatch:
+        return self._blocks.batch(self._space, pages.keys, chain_parents(pages.keys, pages.parent), pages.blocks)
 
     def _follow(self, epoch: str) -> None:
         if epoch != self._epoch:

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,21 +219,14 @@ def chunked(root: Path) -> Any:
     return result
 
 
-def aborted(root: Path) -> Any:
-    """A request is aborted while its pages are on their way: its blocks come back when they have arrived."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
+def _held_back(engine: Engine, call: str) -> tuple[threading.Event, Callable[[], None]]:
+    """The first tier's `call` ("read", "write") moves no byte before the event. And: make it the real one again."""
+    from storage_backends.base import Completion
 
-    engine = Engine(root, local(root, "aborted"))
-    engine.run(LONG)
-    engine.settle()
-    engine.forget_device()
     backend, gate = engine.store.tiers[0].backend, threading.Event()
-    real = backend.read
+    real = getattr(backend, call)
 
-    def slow(batch: Any) -> Any:
-        from storage_backends.base import Completion
-
+    def slow(batch: Any) -> Completion:
         told = Completion(len(batch), backend.dispatcher)
 
         def later() -> None:
@@ -242,7 +236,20 @@ def aborted(root: Path) -> Any:
         threading.Thread(target=later, daemon=True).start()
         return told
 
-    backend.read = slow
+    setattr(backend, call, slow)
+    return gate, lambda: setattr(backend, call, real)
+
+
+def aborted(root: Path) -> Any:
+    """A request is aborted while its pages are on their way: its blocks come back when they have arrived."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    engine = Engine(root, local(root, "aborted"))
+    engine.run(LONG)
+    engine.settle()
+    engine.forget_device()
+    gate, as_before = _held_back(engine, "read")
     llm = engine.llm.llm_engine
     name = llm.add_request(
         "aborted", TokensPrompt(prompt_token_ids=LONG), SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -257,34 +264,19 @@ def aborted(root: Path) -> Any:
     while engine.leaked() and time.monotonic() < until:
         llm.step() if llm.has_unfinished_requests() else engine.core.step()
         time.sleep(0.01)
-    backend.read = real
+    as_before()
     return {"on_its_way": on_its_way, "still": still, "leaked": engine.leaked(), "after": engine.run(LONG)}
 
 
 def reset_while_saving(root: Path) -> Any:
     """What is on its way to be stored when the cache is reset is not served afterwards."""
     engine = Engine(root, local(root, "reset"))
-    backend, gate = engine.store.tiers[0].backend, threading.Event()
-    real = backend.write
-
-    def slow(batch: Any) -> Any:
-        from storage_backends.base import Completion
-
-        told = Completion(len(batch), backend.dispatcher)
-
-        def later() -> None:
-            gate.wait(30)
-            told.settle_many(range(len(batch)), real(batch).result(30))
-
-        threading.Thread(target=later, daemon=True).start()
-        return told
-
-    backend.write = slow
+    gate, as_before = _held_back(engine, "write")
     engine.run(LONG)
     engine.forget_device(connector=True)
     gate.set()
     engine.settle()
-    backend.write = real
+    as_before()
     return {"after": engine.run(LONG), "leaked": engine.leaked()}
 
 
