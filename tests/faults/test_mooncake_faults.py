@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hicache_ext.page import Namespace
 from storage_backends.base import Backend, Dispatcher, Outcome
 from storage_backends.buffers import OwnedMemory
 from tests import pages
 from tests.mooncake_server import MooncakeServer, installed
 from tests.netns import Network
 from tests.pages import HostPool, chain, content, key_batch, namespace
+from tests.remote import Asking
 from tests.tier_worker import TierWorker
 
 SPACE = namespace((65536, 65536))
@@ -32,6 +32,9 @@ KEYS = chain("a", 32)
 HITS = [Outcome.HIT] * len(KEYS)
 
 Open = Callable[..., Backend]
+
+asking = Asking(SPACE, KEYS, seconds=90, recovery=60, pause=0.1)
+store, served, recovers = asking.store, asking.served, asking.recovers
 
 
 @pytest.fixture
@@ -78,24 +81,6 @@ def shared_pool(backend: Backend, count: int = len(KEYS)) -> HostPool:
     pool.bytes = np.frombuffer(pool.memory.view, np.uint8)
     backend.register_memory(pool.memory.address, pool.memory.size)
     return pool
-
-
-def store(backend: Backend, keys: list[bytes] = KEYS) -> list[Outcome]:
-    return backend.write(HostPool(SPACE, len(keys)).write_batch(keys)).result(90)
-
-
-def served(backend: Backend, keys: list[bytes] = KEYS, space: Namespace = SPACE) -> list[Outcome]:
-    """Read, and insist that hits are right and that nothing moves afterwards."""
-    return pages.served_and_quiet(backend, space, keys, 90)
-
-
-def recovers(backend: Backend, seconds: float = 60) -> None:
-    """Written and read again in full, without anybody's help."""
-    deadline = time.monotonic() + seconds
-    while store(backend) != HITS or served(backend) != HITS:
-        assert time.monotonic() < deadline, backend.stats()
-        time.sleep(0.1)
-    assert backend.stats()["state"] == "ok"
 
 
 def name_of(backend: Backend, key: bytes) -> str:

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from hicache_ext.page import Namespace
 from storage_backends.base import Backend, Dispatcher, Outcome
-from tests import pages
 from tests.certificates import certificate
 from tests.pages import HostPool, chain, content, key_batch, namespace
 from tests.proxy import Proxy
 from tests.redis_server import RedisServer, free_port
+from tests.remote import Asking
 
 pytest.importorskip("redis")
 
@@ -30,6 +29,9 @@ KEYS = chain("a", 32)
 HITS = [Outcome.HIT] * len(KEYS)
 
 Open = Callable[..., Backend]
+
+asking = Asking(SPACE, KEYS, seconds=60, recovery=20)
+store, served, recovers = asking.store, asking.served, asking.recovers
 
 
 @pytest.fixture
@@ -62,24 +64,6 @@ def tier(stack: ExitStack) -> Open:
         return backend
 
     return open_one
-
-
-def store(backend: Backend, keys: list[bytes] = KEYS) -> list[Outcome]:
-    return backend.write(HostPool(SPACE, len(keys)).write_batch(keys)).result(60)
-
-
-def served(backend: Backend, keys: list[bytes] = KEYS, space: Namespace = SPACE) -> list[Outcome]:
-    """Read, and insist that hits are right and that nothing moves afterwards."""
-    return pages.served_and_quiet(backend, space, keys, 60)
-
-
-def recovers(backend: Backend, seconds: float = 20) -> None:
-    """Written and read again in full, without anybody's help."""
-    deadline = time.monotonic() + seconds
-    while store(backend) != HITS or served(backend) != HITS:
-        assert time.monotonic() < deadline, backend.stats()["state"]
-        time.sleep(0.05)
-    assert backend.stats()["state"] == "ok"
 
 
 # ---- servers that go away

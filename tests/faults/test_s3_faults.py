@@ -17,14 +17,13 @@ from typing import Any
 
 import pytest
 
-from hicache_ext.page import Namespace
 from storage_backends.base import Backend, Dispatcher, Outcome
-from tests import pages
 from tests.certificates import certificate
 from tests.child import die_with_parent
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.proxy import Proxy
 from tests.redis_server import free_port
+from tests.remote import Asking
 from tests.s3_server import CREDENTIALS, S3Server, s3_server
 
 obstore = pytest.importorskip("obstore")
@@ -38,6 +37,9 @@ HITS = [Outcome.HIT] * len(KEYS)
 STAND_IN = Path(__file__).parents[2] / "examples" / "bench" / "s3_server.py"
 
 Open = Callable[..., Backend]
+
+asking = Asking(SPACE, KEYS, seconds=120, recovery=90)
+store, served, recovers = asking.store, asking.served, asking.recovers
 
 
 @pytest.fixture
@@ -84,24 +86,6 @@ def tier(stack: ExitStack) -> Open:
         return backend
 
     return open_one
-
-
-def store(backend: Backend, keys: list[bytes] = KEYS, space: Namespace = SPACE) -> list[Outcome]:
-    return backend.write(HostPool(space, len(keys)).write_batch(keys)).result(120)
-
-
-def served(backend: Backend, keys: list[bytes] = KEYS, space: Namespace = SPACE) -> list[Outcome]:
-    """Read, and insist that hits are right and that nothing moves afterwards."""
-    return pages.served_and_quiet(backend, space, keys, 120)
-
-
-def recovers(backend: Backend, seconds: float = 90) -> None:
-    """Written and read again in full, without anybody's help."""
-    deadline = time.monotonic() + seconds
-    while store(backend) != HITS or served(backend) != HITS:
-        assert time.monotonic() < deadline, backend.stats()["state"]
-        time.sleep(0.05)
-    assert backend.stats()["state"] == "ok"
 
 
 def test_no_server_at_the_start_and_one_that_is_restarted_empty(tier: Open, stack: ExitStack) -> None:

@@ -21,7 +21,6 @@ from hicache_ext.doctor import Level
 from hicache_ext.doctor import share as doctor
 from hicache_ext.doctor.disk import Mount
 from hicache_ext.doctor.share import SharePlace
-from hicache_ext.page import Namespace
 from storage_backends.base import Backend, Dispatcher, Outcome, Residency
 from storage_backends.shared_fs import SharedFsBackend, cleaner
 from storage_backends.shared_fs.directory import bucket_of
@@ -30,6 +29,7 @@ from tests import pages
 from tests.fuse import Disk, fuse_disk
 from tests.netns import Host
 from tests.pages import HostPool, chain, key_batch, namespace
+from tests.remote import Asking
 from tests.worker import Worker
 
 SPACE = namespace((65536, 65536))
@@ -39,6 +39,9 @@ HITS = [Outcome.HIT] * len(KEYS)
 HOUR = 3600
 
 Open = Callable[..., Backend]
+
+asking = Asking(SPACE, KEYS, seconds=60, recovery=60, pause=0.02)
+store, served, recovers = asking.store, asking.served, asking.recovers
 
 
 @pytest.fixture
@@ -88,15 +91,6 @@ def small_share(tmp_path: Path, stack: ExitStack) -> Path:
     return path
 
 
-def store(backend: Backend, keys: list[bytes] = KEYS, space: Namespace = SPACE) -> list[Outcome]:
-    return backend.write(HostPool(space, len(keys)).write_batch(keys)).result(60)
-
-
-def served(backend: Backend, keys: list[bytes] = KEYS, space: Namespace = SPACE) -> list[Outcome]:
-    """Read, and insist that hits are right and that nothing moves afterwards."""
-    return pages.served_and_quiet(backend, space, keys, 60)
-
-
 def until(true: Callable[[], bool], what: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not true():
@@ -106,12 +100,6 @@ def until(true: Callable[[], bool], what: str, seconds: float = 30) -> None:
 
 def sees(backend: Backend, keys: list[bytes] = KEYS) -> None:
     until(lambda: bool(backend.lookup(key_batch(SPACE, keys)).all()), "pages of another host were not found")
-
-
-def recovers(backend: Backend) -> None:
-    """Written and read again in full, without anybody's help."""
-    until(lambda: store(backend) == HITS and served(backend) == HITS, f"no recovery: {backend.stats()['state']}", 60)
-    assert backend.stats()["state"] == "ok"
 
 
 def segments(path: Path) -> list[Path]:
