@@ -250,8 +250,8 @@ def test_a_hung_disk_holds_up_nothing_else(
 
 
 @pytest.fixture
-def loop_disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """A file system on a loop device, and the file behind it."""
+def loop_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A file system on a loop device, and what makes that device end after its first 4 MiB, for good."""
     image, mount = tmp_path / "image", tmp_path / "mount"
     mount.mkdir()
     with image.open("wb") as file:
@@ -264,39 +264,41 @@ def loop_disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     mounted = subprocess.run(["mount", "-o", "loop", str(image), str(mount)], capture_output=True) if made else None
     if mounted is None or mounted.returncode:
         pytest.skip("no loop device can be mounted here")
-    yield mount, image
+    device = subprocess.run(["findmnt", "-no", "SOURCE", str(mount)], capture_output=True, check=True, text=True)
+
+    def cut() -> None:
+        os.truncate(image, 4 * MIB)
+        # The device must know: else what the kernel still writes makes the file longer, and that part reads well.
+        subprocess.run(["losetup", "--set-capacity", device.stdout.strip()], check=True)
+
+    yield mount, cut
     subprocess.run(["umount", "-l", str(mount)], check=False)
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_disk_that_gives_input_errors(
-    tier: Callable[..., LocalBackend], loop_disk: tuple[Path, Path], tmp_path: Path
+    tier: Callable[..., LocalBackend], loop_disk: tuple[Path, Callable[[], None]], tmp_path: Path
 ) -> None:
-    mount, image = loop_disk
+    mount, cut = loop_disk
     backend = tier(tmp_path / "a", mount / "tier", capacity=[48 * MIB, 48 * MIB])
     keys = chain("a", 200)
     store(backend, keys)
     theirs = on_disk(mount / "tier", keys)
     assert len(theirs) > 40
     subprocess.run(["sync", "-f", str(mount)], check=True)
-
-    def stat(name: str) -> object:
-        os.truncate(
-            image, 4 * MIB
-        )  # again: what the kernel writes late makes the file longer, and that part reads well
-        return backend.stats()[name]
+    cut()
 
     def is_out() -> bool:
-        out = stat("disks_out") == 1
         served(backend, keys)
-        return out
+        return backend.stats()["disks_out"] == 1
 
     until(is_out)
     assert int(backend.stats()["disk_1_errors"]) >= 8
     ours = [key for key in keys if key not in theirs]
-    until(lambda: stat("pages") == len(ours))
+    until(lambda: backend.stats()["pages"] == len(ours))
     assert served(backend, ours) == [Outcome.HIT] * len(ours)
     assert [store(backend, [key]) for key in chain("b", 30)] == [[Outcome.HIT]] * 30
+    assert backend.stats()["disks_out"] == 1
 
 
 @pytest.fixture
