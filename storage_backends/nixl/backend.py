@@ -227,9 +227,8 @@ class NixlBackend(ObjectBackend):
         try:
             self._reap()
             moving = self._arrange(group, places)
-            if write:
-                for page in places:
-                    _put(group, page, moving)
+            for page in places:
+                (_put if write else _spoil)(group, page, moving)
             self._transfer(moving, write)
             self._ended(group, moving, write)
         finally:
@@ -383,6 +382,15 @@ def _put(group: Group, page: int, moving: _Moving) -> None:
         ctypes.memmove(at, ctypes.addressof(ctypes.c_char.from_buffer(buffer)), len(buffer))
         at += len(buffer)
     ctypes.memset(at, 0, moving.slots[page] + group.form.size - at)
+
+
+def _spoil(group: Group, page: int, moving: _Moving) -> None:
+    """Make the last byte of the page's slot another one: NIXL takes the shorter answer to a read for the whole, and
+    what an earlier transfer of the same page left in the slot would stand for the rest of it.
+    """
+    if not moving.straight:
+        last = ctypes.c_uint8.from_address(moving.slots[page] + group.form.head_bytes + group.form.payload_bytes - 1)
+        last.value ^= 0xFF
 
 
 def _take(group: Group, page: int, moving: _Moving) -> bytearray:
