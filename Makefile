@@ -119,9 +119,10 @@ fuzz: venv
 	$(PIP) install -q atheris || echo "atheris does not install here: inputs are mutated blindly"
 	$(BIN)/python -m tests.fuzz.run $(ARGS)
 
-# The index, the native engine and the checksums under ASan with UBSan, then under TSan (which wants the old address
-# layout).
+# The index, the region of shared memory, the native engine and the checksums under ASan with UBSan, then under TSan
+# (which wants the old address layout).
 SANITIZED_INDEX := $(addprefix csrc/index/,test_index.cpp adoption.cpp chains.cpp folders.cpp index.cpp log.cpp order.cpp) csrc/checksum/crc32c.cpp
+SANITIZED_REGION := $(addprefix csrc/memory/,test_region.cpp pages.cpp region.cpp room.cpp supply.cpp table.cpp) csrc/io/slot.cpp csrc/checksum/copy.cpp csrc/checksum/crc32c.cpp
 SANITIZED := csrc/io/test_engine.cpp csrc/io/engine.cpp csrc/io/ring.cpp csrc/io/slot.cpp csrc/checksum/crc32c.cpp
 CXX ?= g++
 
@@ -134,6 +135,7 @@ sanitize:
 	      -I../../csrc $${@:2} -o $$1-$${kind%%,*} -pthread; \
 	    echo "sanitize: $$1, $$kind"; $$fixed ./$$1-$${kind%%,*}; done; }; \
 	sanitized test_index $(SANITIZED_INDEX:%=../../%); \
+	sanitized test_region $(SANITIZED_REGION:%=../../%); \
 	if echo '#include <liburing.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1; then \
 	  sanitized test_engine $(SANITIZED:%=../../%) -luring; \
 	else echo "sanitize: the native engine is left out, as it is from the build (apt install liburing-dev)"; fi

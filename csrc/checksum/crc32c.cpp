@@ -13,11 +13,11 @@
 #include <cstring>
 #include <vector>
 
+#include "fold.hpp"
 #include "gf2.hpp"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define HICACHE_CRC_X86 1
-#include <immintrin.h>
 #elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
 #define HICACHE_CRC_ARM 1
 #include <arm_acle.h>
@@ -32,7 +32,6 @@ namespace {
 
 using gf2::kPolynomial;
 using gf2::multiply;
-using gf2::power_of_x;
 using gf2::shift_bytes;
 
 inline std::uint64_t load64(const std::uint8_t* at) noexcept {
@@ -83,10 +82,6 @@ static_assert(kLanes[0] % 8 == 0 && kLanes[1] % 8 == 0 && kLanes[2] % 8 == 0);
 
 // ---------------------------------------------------------------- x86: SSE4.2 + PCLMULQDQ
 
-// A carry-less product of two reflected 32-bit values carries one factor x, and the crc32
-// instruction multiplies its 64-bit operand by x^32: so the multiplier is short by x^33.
-constexpr std::uint32_t clmul_shift(std::uint64_t bits) { return power_of_x(bits - 33); }
-
 __attribute__((target("sse4.2,pclmul"))) inline std::uint64_t shift_by(std::uint64_t crc,
                                                                       std::uint32_t multiplier) noexcept {
     const __m128i product = _mm_clmulepi64_si128(_mm_cvtsi64_si128(static_cast<long long>(crc)),
@@ -133,63 +128,19 @@ __attribute__((target("sse4.2,pclmul"))) std::uint32_t sse42(const std::uint8_t*
 
 // ---------------------------------------------------------------- x86: AVX-512 VPCLMULQDQ
 
-#define HICACHE_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,vpclmulqdq,pclmul,sse4.2")))
-
-// Multipliers that move a 128-bit lane forward by `Bits`: the low half (the higher powers of x)
-// first. Short by x^33 for the reason given at clmul_shift.
-template <std::uint64_t Bits>
-HICACHE_AVX512 inline __m128i fold_constants() noexcept {
-    constexpr std::uint32_t low = power_of_x(Bits + 64 - 33);
-    constexpr std::uint32_t high = power_of_x(Bits - 33);
-    return _mm_set_epi64x(high, low);
-}
-
-HICACHE_AVX512 inline __m512i fold(__m512i value, __m512i constants, __m512i next) noexcept {
-    const __m512i low = _mm512_clmulepi64_epi128(value, constants, 0x00);
-    const __m512i high = _mm512_clmulepi64_epi128(value, constants, 0x11);
-    return _mm512_ternarylogic_epi64(low, high, next, 0x96);  // three-way xor
-}
-
-HICACHE_AVX512 inline __m128i fold(__m128i value, __m128i constants, __m128i next) noexcept {
-    const __m128i low = _mm_clmulepi64_si128(value, constants, 0x00);
-    const __m128i high = _mm_clmulepi64_si128(value, constants, 0x11);
-    return _mm_xor_si128(_mm_xor_si128(low, high), next);
-}
-
-// Pages come cold from a device, and the hardware's own prefetching ends at each 4 KiB of physical memory: looking
-// this far ahead took a fifth off the CPU time of cold memory where it was measured. It may point past the end of
-// the data, which is allowed: a prefetch never faults.
-constexpr std::size_t kAhead = 4096;
-
 HICACHE_AVX512 std::uint32_t avx512(const std::uint8_t* data, std::size_t length, std::uint32_t seed) noexcept {
     std::uint64_t crc = static_cast<std::uint32_t>(~seed);
     // Below this the final reduction costs more than the folding saves.
     if (length >= 1024) {
-        const __m512i by_four = _mm512_broadcast_i32x4(fold_constants<2048>());
-        const __m512i by_one = _mm512_broadcast_i32x4(fold_constants<512>());
-        __m512i a = _mm512_loadu_si512(data);
-        __m512i b = _mm512_loadu_si512(data + 64);
-        __m512i c = _mm512_loadu_si512(data + 128);
-        __m512i d = _mm512_loadu_si512(data + 192);
-        a = _mm512_xor_si512(a, _mm512_zextsi128_si512(_mm_cvtsi64_si128(static_cast<long long>(crc))));
-        data += 256;
-        length -= 256;
-        for (; length >= 256; data += 256, length -= 256) {
-            for (std::size_t line = 0; line < 256; line += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(data) + kAhead + line, _MM_HINT_T0);
-            a = fold(a, by_four, _mm512_loadu_si512(data));
-            b = fold(b, by_four, _mm512_loadu_si512(data + 64));
-            c = fold(c, by_four, _mm512_loadu_si512(data + 128));
-            d = fold(d, by_four, _mm512_loadu_si512(data + 192));
+        Folding folding(data, static_cast<std::uint32_t>(crc));
+        data += kFolded;
+        length -= kFolded;
+        for (; length >= kFolded; data += kFolded, length -= kFolded) {
+            fetch_ahead(data);
+            folding.next(_mm512_loadu_si512(data), _mm512_loadu_si512(data + 64), _mm512_loadu_si512(data + 128),
+                         _mm512_loadu_si512(data + 192));
         }
-        d = fold(fold(fold(a, by_one, b), by_one, c), by_one, d);
-        const __m128i by_lane = fold_constants<128>();
-        __m128i lane = _mm512_extracti32x4_epi32(d, 0);
-        lane = fold(lane, by_lane, _mm512_extracti32x4_epi32(d, 1));
-        lane = fold(lane, by_lane, _mm512_extracti32x4_epi32(d, 2));
-        lane = fold(lane, by_lane, _mm512_extracti32x4_epi32(d, 3));
-        crc = _mm_crc32_u64(0, static_cast<std::uint64_t>(_mm_cvtsi128_si64(lane)));
-        crc = _mm_crc32_u64(crc, static_cast<std::uint64_t>(_mm_extract_epi64(lane, 1)));
+        crc = folding.state();
     }
     return ~static_cast<std::uint32_t>(sse42_state(data, length, crc));
 }

@@ -210,6 +210,10 @@ void bind(nb::module_& m) {
         .def("going", &going, nb::arg("most"), "48 bytes a page: namespace and key.")
         .def("changes", [](const Held& held) { return held.region.changes(); })
         .def("counts", &counts)
+        .def("prepare", [](Held& held, std::uint64_t ahead, std::uint64_t step) { return held.region.prepare(ahead, step); },
+             nb::arg("ahead"), nb::arg("step"), nb::call_guard<nb::gil_scoped_release>(),
+             "Memory for what is opened next, a step of it; False: enough is there, or there is no more.")
+        .def("opened", [](const Held& held) { return held.region.opened(); })
         .def_prop_ro("capacity", [](const Held& held) { return held.region.extents() * held.region.extent_bytes(); })
         .def_prop_ro("largest_page", [](const Held& held) { return held.region.extent_bytes() - kUnit; })
         .def("retire", [](Held& held) { held.region.retire(); });

@@ -13,6 +13,9 @@
 //   they are most of an extent it stays as it is. What is new has a while to be used in. Who uses a page uses its
 //   ancestors, so that what is kept has its beginning.
 //
+//   region.cpp  what a new region is, and one that is there already     pages.cpp  pages in, out, gone
+//   table.cpp   which page is where                                      room.cpp   extents opened, sealed, emptied
+//
 // Belongs here: the region. Does not belong here: where its memory comes from and who may have it (Python).
 #pragma once
 
@@ -26,6 +29,8 @@
 
 #include "io/slot.hpp"
 #include "memory/layout.hpp"
+#include "memory/slot.hpp"
+#include "memory/supply.hpp"
 
 namespace hicache::memory {
 
@@ -40,8 +45,7 @@ enum class Verdict : std::uint8_t {
     kNoRoom = 7,
 };
 
-/// 16 bytes of namespace and 32 of key.
-using Identity = std::array<std::uint8_t, 48>;
+constexpr int kMostTries = 16;  // at what somebody else was faster with
 
 struct Counts {
     std::uint64_t pages, bytes, free_extents;                       // of the region
@@ -57,8 +61,8 @@ class Region {
     /// Why memory of `length` bytes is no region of this version; empty when it is one.
     static std::string problem(const std::uint8_t* base, std::uint64_t length);
 
-    /// base: a region without a problem. memory_fd: the same, to allocate it (-1: it is allocated). lock_fd: the file of
-    /// the processes' locks, of which this one holds byte `owner` (below kMostOwners, not 0); -1: nobody else has it.
+    /// base: a region without a problem. memory_fd: the same, to allocate it (-1: memory without a file). lock_fd: the
+    /// file of the processes' locks, of which this one holds byte `owner` (below kMostOwners, not 0); -1: nobody else.
     Region(std::uint8_t* base, int memory_fd, int lock_fd, unsigned owner);
 
     /// Whether a page is there. touch: it counts as used, and so do its ancestors.
@@ -85,6 +89,13 @@ class Region {
     std::uint64_t extents() const noexcept { return extents_count_; }
     Counts counts() const noexcept;
 
+    /// Takes at most `step` more bytes of memory for the extents that are opened next, so that `ahead` bytes of them are
+    /// there before a page needs them; false: they are, or there is no more. For one thread at a time.
+    bool prepare(std::uint64_t ahead, std::uint64_t step) noexcept;
+
+    /// How many extents this process has opened: after each of them `prepare` may have something to do.
+    std::uint64_t opened() const noexcept { return opened_.load(std::memory_order_relaxed); }
+
     /// Seals what this process writes into: no write may follow.
     void retire();
 
@@ -100,7 +111,6 @@ class Region {
         std::uint64_t generation;
         std::uint64_t next = 0;      // unit
         std::uint32_t writing = 0;   // pages on their way into it
-        bool full = false;
     };
 
     std::atomic<Word>& control(std::uint32_t extent) noexcept { return extents_[extent].control; }
@@ -110,6 +120,7 @@ class Region {
     std::optional<Place> place_of(Word word) noexcept;
     std::atomic<Word>* bucket(const Identity& page, unsigned which) noexcept;
     std::optional<Found> find(const Identity& page) noexcept;
+    static Word word_for(const Identity& page, const Place& place) noexcept;
     std::atomic<Word>* word_of(const Identity& page, const Place& place) noexcept;
     Verdict publish(const Identity& page, const Place& place, std::uint64_t bytes) noexcept;
     void count_in(const Place& place, std::uint64_t bytes) noexcept;
@@ -131,7 +142,6 @@ class Region {
     void keep_used(std::uint32_t extent, std::uint64_t generation);
     void take_over_from_the_dead() noexcept;
     bool alive(unsigned owner) const noexcept;
-    bool allocate_memory(std::uint32_t extent) noexcept;
     void seal(const Open& open) noexcept;
 
     // Copies of the superblock's numbers: what another process does to it moves no address of ours.
@@ -142,15 +152,29 @@ class Region {
     std::atomic<Word>* const table_;
     std::atomic<std::uint8_t>* const marks_;
     std::uint8_t* const data_;
-    const int memory_fd_, lock_fd_;
+    const int lock_fd_;
     const unsigned owner_;
+    Supply supply_;
+    std::atomic<std::uint64_t> opened_{0};
 
     std::mutex mutex_;  // of this process's threads; guards what follows
     std::optional<Open> open_;
     std::vector<Open> full_;  // with pages on their way
-    std::vector<bool> allocated_;
     std::uint64_t going_sequence_ = 0, going_unit_ = 0;
     std::atomic<std::uint64_t> evicted_{0}, kept_{0}, displaced_{0}, changed_{0}, damaged_{0}, takeovers_{0};
 };
+
+/// Calls each(place, mark) for the slots of an extent from unit `from` on, until it returns false.
+template <typename Each>
+void Region::each_slot(std::uint32_t extent, std::uint64_t generation, std::uint64_t from, Each each) {
+    const auto* marks = reinterpret_cast<const std::uint8_t*>(marks_ + std::uint64_t{extent} * units_);
+    for (std::uint64_t unit = from; unit < units_; ++unit) {
+        while (unit % 8 == 0 && unit + 8 <= units_ && load<std::uint64_t>(marks + unit) == 0) unit += 8;
+        if (unit >= units_) return;
+        const Place place{extent, static_cast<std::uint32_t>(unit), generation};
+        if (const auto is = static_cast<Mark>(mark(place).load(std::memory_order_acquire)); is != Mark::kNone)
+            if (!each(place, is)) return;
+    }
+}
 
 }  // namespace hicache::memory

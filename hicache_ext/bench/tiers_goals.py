@@ -11,8 +11,9 @@ from hicache_ext.bench.io_goals import Verdict, size_name
 from hicache_ext.bench.tiers import ALL, CASCADE, CHECKSUMS, Row
 from hicache_ext.bench.tiers_rounds import Role
 
-#: Speed and CPU of the plain client's. Where there is only a tool, which has no Python and checks nothing: the same of
-#: its speed, and of its CPU plus one pass of checksums.
+#: Speed and CPU of the plain client's, or of a tool's where there is no plain client. Neither checks anything, and
+#: where they cost less than checksums do no tier that checks can come near: so CPU is also held against theirs plus one
+#: pass of checksums over the same bytes. Of a tool, which has no Python either, only against that.
 SPEED, CPU = 0.9, 1.2
 #: Reads whose pages are all in the first tier, of the first tier's alone: with further tiers, and with a dead one.
 ALL_LOCAL, ONE_DEAD = 0.97, 0.98
@@ -36,12 +37,23 @@ def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:
             yield Verdict(f"{what}: {{}} of {name}'s speed", row["beside"][name]["speed"], SPEED, True)
             if plain:
                 yield Verdict(f"{what}: {{}} of {name}'s CPU", row["beside"][name]["cpu"] or 0.0, CPU, False)
-            else:
-                checks = [other["cpu_s_per_gb"] for other in rows if other["tier"] == CHECKSUMS
-                          and other["page"] == row["page"]]  # fmt: skip
-                floor = beside[name]["cpu_s_per_gb"] + sum(checks)
-                words = f"{what}: {{}} of {name}'s CPU and one pass of checksums"
-                yield Verdict(words, row["cpu_s_per_gb"] / floor, CPU, False)
+            checked = with_pass(rows, row, name)
+            if checked is not None:
+                yield Verdict(f"{what}: {{}} of {name}'s CPU and one pass of checksums", checked, CPU, False)
+
+
+def add_passes(rows: Sequence[Row]) -> None:
+    """To each ratio of ours to another `cpu_with_pass`: CPU beside the other's plus one pass of checksums."""
+    for row in rows:
+        for name, ratio in row["beside"].items():
+            ratio["cpu_with_pass"] = with_pass(rows, row, name)
+
+
+def with_pass(rows: Sequence[Row], row: Row, subject: str) -> float | None:
+    """CPU of this row over that of `subject` and one pass of checksums together; None where one was not measured."""
+    checks = [other["cpu_s_per_gb"] for other in rows if other["tier"] == CHECKSUMS and other["page"] == row["page"]]
+    ours, floor = row["cpu_s_per_gb"], _like(rows, row, subject)["cpu_s_per_gb"]
+    return float(f"{ours / (floor + checks[0]):.5g}") if checks and ours is not None and floor is not None else None
 
 
 def _like(rows: Sequence[Row], row: Row, subject: str) -> Row:

@@ -12,7 +12,16 @@ from pydantic import ByteSize
 
 from hicache_ext.config import TierConfig
 from hicache_ext.doctor.finding import Finding, error, ok, warning
-from storage_backends.memory.region import SHMEM_HUGE, Pages, Room, left, reserved_bytes, shmem_pages
+from storage_backends.memory.region import (
+    PRIVATE_HUGE,
+    SHMEM_HUGE,
+    Pages,
+    Room,
+    left,
+    private_pages,
+    reserved_bytes,
+    shmem_pages,
+)
 from storage_backends.memory.sharers import living
 
 
@@ -40,11 +49,13 @@ def places(chosen: TierConfig) -> list[Place]:
 
 def probe(place: Place) -> list[Finding]:
     processes = living(place.directory, place.region) if place.region else 0
-    return judge(place, processes, reserved_bytes(), left(), shmem_pages())
+    pages = shmem_pages() if place.region else private_pages()
+    return judge(place, processes, reserved_bytes(), left(), pages)
 
 
 def judge(place: Place, processes: int, reserved: int, room: Room, pages: Pages) -> list[Finding]:
-    """processes: that have the region now. reserved: bytes of free hugetlb pages. pages: of other shared memory."""
+    """processes: that have the region now. reserved: bytes of free hugetlb pages. pages: of other memory of
+    this kind."""
     title, size = f"{place.label}: memory", ByteSize(place.capacity).human_readable()
     if processes:
         return [ok(title, f"region {place.region!r} is there, {processes} processes have it")]
@@ -57,5 +68,8 @@ def judge(place: Place, processes: int, reserved: int, room: Room, pages: Pages)
         found = ok(title, f"{size}, of which {room.of} has {there} left")
     if pages is Pages.TRANSPARENT:
         return [found, ok(f"{place.label}: huge pages", str(pages))]
-    fix = f"echo advise | sudo tee {SHMEM_HUGE} (or reserve: sudo sysctl vm.nr_hugepages={(place.capacity >> 21) + 32})"
-    return [found, warning(f"{place.label}: huge pages", f"none for shared memory: {pages}, copies are slower", fix)]
+    kind, way = ("shared", f"echo advise | sudo tee {SHMEM_HUGE}") if place.region else (
+        "private", f"echo madvise | sudo tee {PRIVATE_HUGE}"
+    )  # fmt: skip
+    fix = f"{way} (or reserve: sudo sysctl vm.nr_hugepages={(place.capacity >> 21) + 32})"
+    return [found, warning(f"{place.label}: huge pages", f"none for {kind} memory: {pages}, copies are slower", fix)]

@@ -37,7 +37,8 @@ from storage_backends.base import (
     ResidencyListener,
 )
 from storage_backends.format import SlotHeaders, SlotShape
-from storage_backends.memory.region import Memory, make
+from storage_backends.memory.ahead import Ahead
+from storage_backends.memory.region import Memory, SharedMemory, make_private, make_shared
 from storage_backends.memory.sharers import Sharers
 from storage_backends.memory.told import Told
 
@@ -100,17 +101,18 @@ class MemoryBackend(Backend):
         super().__init__(options, dispatcher)
         self._sharers: Sharers | None = None
         if options.region:
-            new = partial(self._new_memory, options)
+            new = partial(self._new_shared, options)
             self._sharers = Sharers(options.directory, options.region, new, partial(_format, options))
             self._memory: Memory | None = self._sharers.memory
         else:
-            self._memory = self._new_memory(options)
+            self._memory = make_private(self._layout(options), options.capacity)
             _format(options, self._memory)
         try:
             self._region: Any = self._open(self._memory)
         except BaseException:
             self._leave()
             raise
+        self._ahead = Ahead(self._region)
         self.pages = self._memory.pages
         self.capacity: int = self._region.capacity
         # EXTERNAL to routers, though it is DRAM: the engine reports its own host pool as CPU, and a page that goes here
@@ -141,11 +143,16 @@ class MemoryBackend(Backend):
     # ---- opening
 
     @staticmethod
-    def _new_memory(options: MemoryOptions) -> Memory:
+    def _layout(options: MemoryOptions) -> int:
+        """Bytes of the region."""
         MemoryBackend.check(options)
         extents, _, _, size = _native.region_layout(options.capacity)
         assert extents, "the options' limits are the layout's"
-        return make(options.region, size, options.capacity)
+        return int(size)
+
+    @staticmethod
+    def _new_shared(options: MemoryOptions) -> SharedMemory:
+        return make_shared(options.region, MemoryBackend._layout(options), options.capacity)
 
     def _open(self, memory: Memory) -> Any:
         problem = _native.region_problem(memory.address, memory.size)
@@ -245,6 +252,7 @@ class MemoryBackend(Backend):
         until = time.monotonic() + CLOSE_SECONDS - 1
         for thread in list(self._pool._threads):
             thread.join(max(0.0, until - time.monotonic()))
+        self._ahead.close()
         region, self._region = self._region, None
         if region is not None:
             region.retire()
@@ -298,6 +306,7 @@ class MemoryBackend(Backend):
         headers = form.headers(batch, pages)
         digest = batch.namespace.digest
         region.write(digest, form.shape.header_bytes, form.lengths, keys, addresses, headers, verdicts)
+        self._ahead.look()
         self._count("present", int((verdicts == Verdict.PRESENT).sum()))
         self._count("rejected", int((verdicts == Verdict.NO_ROOM).sum()))
         new = np.flatnonzero(verdicts == Verdict.STORED).tolist()
@@ -379,5 +388,5 @@ class _Form:
 def _format(options: MemoryOptions, memory: Memory) -> None:
     """Make an empty region of new memory. What describes it is taken now: no page may meet memory that is not there."""
     _, _, data_at, _ = _native.region_layout(options.capacity)
-    os.posix_fallocate(memory.fd, 0, data_at)
+    memory.take(data_at)
     _native.region_format(memory.address, options.capacity)

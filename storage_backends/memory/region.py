@@ -1,13 +1,17 @@
-"""The memory of a region: a memfd of the largest pages that the machine gives, and how much there is to take.
+"""The memory of a region, in the largest pages that the machine gives, and how much there is to take.
 
-Belongs here: making, mapping and measuring memory. Does not belong here: who shares it (sharers.py), or what lies in it
-(csrc/memory).
+A region that is shared is a memfd. One of this process alone is memory without a name: that gets transparent huge pages
+by madvise on most machines, where shared memory gets none.
+
+Belongs here: making, mapping and measuring memory. Does not belong here: who shares it (sharers.py), when it is taken
+from the kernel (ahead.py), or what lies in it (csrc/memory).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -23,6 +27,9 @@ from storage_backends.buffers import HUGE_PAGE
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 SHMEM_HUGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+PRIVATE_HUGE = "/sys/kernel/mm/transparent_hugepage/enabled"
+_MAP_HUGETLB, _MAP_HUGE_2MB, _MAP_NORESERVE = 0x40000, 21 << 26, 0x4000
+_MADV_POPULATE_WRITE = 23
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -35,26 +42,51 @@ class Pages(StrEnum):
 
 
 class Memory:
-    """A memfd and this process's mapping of it, which lasts as long as the object. Its size cannot change.
+    """Zeroed memory, mapped for as long as the object lasts. Its size cannot change.
 
-    address: where it is mapped. size: bytes. pages: what the kernel was asked for.
+    address: where it is mapped. size: bytes. pages: what the kernel was asked for. fd: its memfd, -1 where it has none.
     """
+
+    fd = -1
+
+    def __init__(self, mapped: mmap.mmap, size: int, pages: Pages) -> None:
+        self._map, self.size, self.pages = mapped, size, pages
+        self._first = ctypes.c_char.from_buffer(mapped)
+        start = ctypes.addressof(self._first)
+        self._skipped = -start % HUGE_PAGE if len(mapped) >= size + HUGE_PAGE else 0
+        self.address = start + self._skipped
+        if pages is Pages.TRANSPARENT:
+            with contextlib.suppress(OSError):
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+
+    def take(self, size: int) -> None:
+        """Have the first `size` bytes (whole pages) from the kernel now. OSError where there is no room for them."""
+        try:
+            self._map.madvise(_MADV_POPULATE_WRITE, self._skipped, size)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # before Linux 5.14
+                raise
+
+    def close(self) -> None:
+        """The mapping goes with the last that uses it."""
+
+
+class SharedMemory(Memory):
+    """A memfd that is handed on to other processes, and this one's mapping of it."""
 
     def __init__(self, fd: int, pages: Pages) -> None:
         """fd: taken over. OSError where it cannot be mapped."""
-        self.fd, self.pages = fd, pages
-        self.size = os.fstat(fd).st_size
-        self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED)
-        self._first = ctypes.c_char.from_buffer(self._map)
-        self.address = ctypes.addressof(self._first)
-        if pages is Pages.TRANSPARENT:
-            with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+        size = os.fstat(fd).st_size
+        super().__init__(mmap.mmap(fd, size, mmap.MAP_SHARED), size, pages)
+        self.fd = fd
 
     @property
     def sealed(self) -> bool:
         """Whether nobody can cut it short under our hands."""
         return fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+
+    def take(self, size: int) -> None:
+        os.posix_fallocate(self.fd, 0, size)
 
     def close(self) -> None:
         """Close the descriptor. The mapping goes with the last that uses it."""
@@ -63,27 +95,47 @@ class Memory:
             self.fd = -1
 
 
-def make(name: str, size: int, capacity: int) -> Memory:
-    """Zeroed memory of `size` bytes: reserved huge pages if there are enough, else as the kernel gives shared memory.
+def make_shared(name: str, size: int, capacity: int) -> SharedMemory:
+    """`size` bytes: reserved huge pages if there are enough, else as the kernel gives shared memory.
 
     capacity: as configured. OptionError where the machine has no room for it.
     """
     with contextlib.suppress(OSError):  # mapping reserves: what is mapped is there
         return _made(name, size, os.MFD_HUGETLB | os.MFD_HUGE_2MB, Pages.HUGETLB)
-    room = left()
-    if size > room.bytes:
-        raise OptionError(
-            "capacity", ByteSize(capacity).human_readable(), f"{room.of} has {_size(room.bytes)} left",
-            f"lower `capacity` to less than {_size(room.bytes)}, or end what uses the memory",
-        )  # fmt: skip
+    _check_room(size, capacity)
     return _made(name, size, 0, shmem_pages())
 
 
-def _made(name: str, size: int, flags: int, pages: Pages) -> Memory:
-    fd = os.memfd_create(f"hicache-ext-{name or 'private'}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
+def make_private(size: int, capacity: int) -> Memory:
+    """As make_shared, for memory that nobody else gets."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with contextlib.suppress(OSError):
+        return Memory(mmap.mmap(-1, size, private | _MAP_HUGETLB | _MAP_HUGE_2MB), size, Pages.HUGETLB)
+    _check_room(size, capacity)
+    try:
+        return Memory(mmap.mmap(-1, size + HUGE_PAGE, private | _MAP_NORESERVE), size, private_pages())
+    except OSError as error:
+        raise _no_room(capacity, Room(left().bytes, error.strerror or "the machine")) from error
+
+
+def _check_room(size: int, capacity: int) -> None:
+    room = left()
+    if size > room.bytes:
+        raise _no_room(capacity, room)
+
+
+def _no_room(capacity: int, room: Room) -> OptionError:
+    return OptionError(
+        "capacity", ByteSize(capacity).human_readable(), f"{room.of} has {_size(room.bytes)} left",
+        f"lower `capacity` to less than {_size(room.bytes)}, or end what uses the memory",
+    )  # fmt: skip
+
+
+def _made(name: str, size: int, flags: int, pages: Pages) -> SharedMemory:
+    fd = os.memfd_create(f"hicache-ext-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     try:
         os.ftruncate(fd, size)
-        memory = Memory(fd, pages)
+        memory = SharedMemory(fd, pages)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
@@ -92,12 +144,18 @@ def _made(name: str, size: int, flags: int, pages: Pages) -> Memory:
 
 
 def shmem_pages(mode: str | None = None) -> Pages:
-    """What memory that is no hugetlb will consist of. mode: the kernel's line; None: ask for it."""
+    """What shared memory that is no hugetlb will consist of. mode: the kernel's line; None: ask for it."""
     if mode is None:
         mode = _read(Path(SHMEM_HUGE))
     chosen = re.search(r"\[(\w+)\]", mode)
     huge = chosen is not None and chosen.group(1) in ("always", "within_size", "advise", "force")
     return Pages.TRANSPARENT if huge else Pages.SMALL
+
+
+def private_pages(mode: str | None = None) -> Pages:
+    """As shmem_pages, of memory that is this process's alone."""
+    mode = _read(Path(PRIVATE_HUGE)) if mode is None else mode
+    return Pages.TRANSPARENT if mode and "[never]" not in mode else Pages.SMALL
 
 
 def reserved_bytes(meminfo: str | None = None) -> int:

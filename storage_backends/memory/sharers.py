@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from storage_backends.base import OptionError
-from storage_backends.memory.region import Memory, Pages
+from storage_backends.memory.region import Pages, SharedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Sharers:
     """
 
     def __init__(
-        self, directory: Path, name: str, make: Callable[[], Memory], prepare: Callable[[Memory], None]
+        self, directory: Path, name: str, make: Callable[[], SharedMemory], prepare: Callable[[SharedMemory], None]
     ) -> None:
         """make: makes the memory if nobody has it; prepare: makes a region of new memory, before anybody can see it.
 
@@ -64,7 +64,7 @@ class Sharers:
             self.close()
             raise
 
-    def _join(self, make: Callable[[], Memory], prepare: Callable[[Memory], None]) -> None:
+    def _join(self, make: Callable[[], SharedMemory], prepare: Callable[[SharedMemory], None]) -> None:
         until = time.monotonic() + _PATIENCE
         while not _try_lock(self.fd, 0):
             if time.monotonic() > until:
@@ -87,7 +87,7 @@ class Sharers:
         """Numbers of the other processes that live."""
         return [k for path in self._folder.glob("*.sock") if (k := _number(path)) and _is_locked(self.fd, k)]
 
-    def _ask(self, until: float) -> Memory | None:
+    def _ask(self, until: float) -> SharedMemory | None:
         """The memory, from whoever has it; None where nobody has."""
         while others := self.alive():
             for number in others:
@@ -98,7 +98,7 @@ class Sharers:
             time.sleep(_PAUSE)
         return None
 
-    def _fetch(self, number: int) -> Memory:
+    def _fetch(self, number: int) -> SharedMemory:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_PATIENCE / 3)
             connection.connect(str(self._folder / f"{number}.sock"))
@@ -109,7 +109,7 @@ class Sharers:
             raise ConnectionError("no memory came")
         os.set_inheritable(fds[0], False)
         try:
-            memory = Memory(fds[0], Pages(said.decode()))
+            memory = SharedMemory(fds[0], Pages(said.decode()))
             if not memory.sealed:
                 raise ConnectionError("memory that may be cut short")
         except (ValueError, OSError):
@@ -174,7 +174,7 @@ def _let_go_of_all() -> None:
 os.register_at_fork(after_in_child=_let_go_of_all)
 
 
-def _serve(listening: socket.socket, memory: Memory) -> None:
+def _serve(listening: socket.socket, memory: SharedMemory) -> None:
     while True:
         try:
             connection, _ = listening.accept()

@@ -100,9 +100,12 @@ def test_goals_are_judged_by_the_plain_client_else_by_the_tool_with_checksums() 
     assert lines == [
         "redis, read of 1 MiB: 0.8 of redis-py's speed (goal: at least 0.9): MISSED",
         "redis, read of 1 MiB: 1.1 of redis-py's CPU (goal: at most 1.2): met",
+        "redis, read of 1 MiB: 0.733 of redis-py's CPU and one pass of checksums (goal: at most 1.2): met",
         "local, read of 1 MiB: 0.95 of fio's speed (goal: at least 0.9): met",
         "local, read of 1 MiB: 1 of fio's CPU and one pass of checksums (goal: at most 1.2): met",
     ]
+    tiers_goals.add_passes(found)
+    assert [row["beside"][name]["cpu_with_pass"] for row in found for name in row["beside"]] == [0.73333, 1.0]
     found = made("cascade", "read", {"local alone": 1.0, "all tiers": 0.975, "redis hangs": 0.975})
     found += made("cascade", "write", {"local alone": 1.0, "all tiers": 0.1})
     assert [verdict.met for verdict in tiers_goals.verdicts(found)] == [True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import stat
@@ -23,7 +24,7 @@ from hicache_ext.config import Config
 from hicache_ext.store import TieredStore
 from storage_backends.base import Dispatcher, KeyBatch, OptionError, Outcome, Residency
 from storage_backends.memory import MemoryBackend, backend, region
-from storage_backends.memory.region import Pages, left, reserved_bytes, shmem_pages
+from storage_backends.memory.region import Pages, left, private_pages, reserved_bytes, shmem_pages
 from tests.pages import HostPool, chain, content, key_batch, namespace, served
 
 MIB = 1 << 20
@@ -280,6 +281,33 @@ def test_what_is_left(tmp_path: Path) -> None:
     assert reserved_bytes(meminfo) == 2 * region.HUGE_PAGE
     assert shmem_pages("always within_size [advise] never deny force") is Pages.TRANSPARENT
     assert shmem_pages("always within_size advise [never] deny force") is Pages.SMALL
+    assert (private_pages("always [madvise] never"), private_pages("always madvise [never]"), private_pages("")) == (
+        Pages.TRANSPARENT, Pages.SMALL, Pages.SMALL
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("region", ["test", ""])
+def test_memory_is_taken_ahead_of_the_pages(open_one: Open, region: str) -> None:
+    tier = open_one(capacity=64 * MIB, region=region)
+    assert _resident(tier) <= 4 * MIB, "who writes nothing takes nothing"
+    _store(tier, chain("a", 4))
+    until = time.monotonic() + 30
+    while _resident(tier) < 16 * MIB:
+        assert time.monotonic() < until, f"{_resident(tier)} bytes are there"
+        time.sleep(0.01)
+    _fill(tier, "fill", 40)
+    tier.close()
+    assert not any(thread.name == "hicache-memory-ahead" for thread in threading.enumerate())
+
+
+def _resident(tier: MemoryBackend) -> int:
+    """Bytes of the region that the kernel has given."""
+    assert tier._memory is not None
+    address, pages = tier._memory.address, tier._memory.size // 4096
+    there = np.zeros(pages, np.uint8)
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(pages * 4096), there.ctypes.data_as(
+        ctypes.POINTER(ctypes.c_ubyte))) == 0  # fmt: skip
+    return int((there & 1).sum()) * 4096
 
 
 def test_memory_that_the_kernel_does_not_give_is_a_refusal(open_one: Open, tmp_path: Path) -> None:
