@@ -100,7 +100,7 @@ def check(
         pings = [Ping() if told is None else _told(told) for told in known]
         pings = [replace(ping, asked=False) for ping in pings]
     else:
-        answers = ask([Call(partial(_ping, config, i, write), _SECONDS) for i in range(len(config.tiers))])
+        answers = ask([Call(partial(_ping, config, i, write), _SECONDS, Ping) for i in range(len(config.tiers))])
         pings = [
             answer.value if not answer.problem
             else Ping(problem=answer.problem, fix="look whether its server or disk answers") for answer in answers

@@ -34,7 +34,7 @@ def checkup(config: Path | None = None, seconds: float = _SECONDS) -> list[Findi
     if config is None:
         findings.append(ok("configuration", "none given: tiers are not checked (--config FILE)"))
     else:
-        (known,) = ask([Call(partial(_places, config), seconds)])
+        (known,) = ask([Call(partial(_places, config), seconds, _Places)])
         places, shares, regions = known.value or ([], [], [])
     probes: list[tuple[str, Callable[[], Any], str]] = [
         ("software", software.probe, "python -m pip check"),
@@ -45,8 +45,8 @@ def checkup(config: Path | None = None, seconds: float = _SECONDS) -> list[Findi
     ]
     if config is not None:
         probes.insert(0, ("configuration", partial(configuration, config), _HUNG_DISK))
-    calls: list[Callable[[], Any]] = [partial(_try_engine, name) for name in PREFERENCE]
-    answers = ask([Call(call, seconds) for call in calls + [probe for _, probe, _ in probes]])
+    calls = [Call(partial(_try_engine, name), seconds, engines.Trial) for name in PREFERENCE]
+    answers = ask(calls + [Call(probe, seconds, list[Finding]) for _, probe, _ in probes])
     tried = {name: _engine_answer(answers[i]) for i, name in enumerate(PREFERENCE)}
     for (name, _, fix), answer in zip(probes, answers[len(PREFERENCE) :], strict=True):
         findings += [error(name, answer.problem, fix)] if answer.problem else answer.value
@@ -70,7 +70,10 @@ def configuration(file: Path) -> list[Finding]:
     return [ok("configuration", f"{file}: valid; tiers, fast to slow: {tiers}")]
 
 
-def _places(file: Path) -> tuple[list[tier.Place], list[share.SharePlace], list[shared_memory.Place]]:
+_Places = tuple[list[tier.Place], list[share.SharePlace], list[shared_memory.Place]]
+
+
+def _places(file: Path) -> _Places:
     """The local tiers, the shares and the tiers in memory of a file as far as it can be understood; `configuration`
     says what is wrong with the rest."""
     disks: list[tier.Place] = []

@@ -4,13 +4,12 @@ Belongs here: processes and deadlines. Does not belong here: what is called.
 
 Threads would not do: one that waits for a disk that never answers keeps the whole process from ending, and a system
 call that a seccomp filter punishes takes the process with it. A child that does not answer is killed and left behind:
-the kernel ends it when the disk lets go.
+the kernel ends it when the disk lets go. Answers come back as JSON.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import selectors
 import signal
 import time
@@ -18,13 +17,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from pydantic import TypeAdapter, ValidationError
+
+#: What a child says begins with this when it is a value; else it is what went wrong.
+_VALUE = b"\0"
+
 
 @dataclass(frozen=True)
 class Call:
-    """function: takes nothing, gives something that pickles. seconds: its limit."""
+    """function: takes nothing. seconds: its limit. gives: the type of what it gives, which must be data: JSON's own
+    types (as which `Any` comes back), dataclasses, enums, paths, and lists, tuples and dictionaries of them."""
 
     function: Callable[[], Any]
     seconds: float = 10.0
+    gives: Any = Any
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,10 @@ def _serve(call: Call, write_fd: int) -> NoReturn:
         for fd in (0, 1, 2):
             os.dup2(quiet, fd)
         try:
-            answer = Answer(call.function())
+            told = _VALUE + TypeAdapter(call.gives).dump_json(call.function())
         except Exception as problem:
-            answer = Answer(problem=f"the probe itself failed: {type(problem).__name__}: {problem}")
-        data = memoryview(pickle.dumps(answer))
+            told = f"the probe itself failed: {type(problem).__name__}: {problem}".encode(errors="replace")
+        data = memoryview(told)
         while data:
             data = data[os.write(write_fd, data) :]
     finally:
@@ -103,9 +109,10 @@ def _answer(child: _Child, call: Call, late: bool) -> Answer:
     _, status = os.waitpid(child.pid, 0)
     if os.WIFSIGNALED(status):
         return Answer(problem=f"ended by {signal.Signals(os.WTERMSIG(status)).name}")
+    told = bytes(child.data)
+    if not told.startswith(_VALUE):
+        return Answer(problem=told.decode(errors="replace") or "ended without an answer")
     try:
-        answer = pickle.loads(bytes(child.data))
-    except (EOFError, pickle.UnpicklingError):
-        return Answer(problem="ended without an answer")
-    assert isinstance(answer, Answer)
-    return answer
+        return Answer(TypeAdapter(call.gives).validate_json(told[len(_VALUE) :]))
+    except ValidationError:
+        return Answer(problem="its answer cannot be read")

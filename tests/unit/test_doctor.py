@@ -296,7 +296,7 @@ def test_calls_run_at_once_and_keep_their_order() -> None:
 
 def test_a_call_that_hangs_is_left_behind() -> None:
     start = time.monotonic()
-    hung, quick, large = ask([Call(lambda: time.sleep(60), 0.5), Call(lambda: 7), Call(lambda: b"x" * 1_000_000)])
+    hung, quick, large = ask([Call(lambda: time.sleep(60), 0.5), Call(lambda: 7), Call(lambda: "x" * 1_000_000)])
     assert time.monotonic() - start < 5
     assert hung.problem == "no answer within 0.5 s"
     assert quick.value == 7
@@ -304,16 +304,34 @@ def test_a_call_that_hangs_is_left_behind() -> None:
 
 
 def test_a_call_that_dies_or_raises_is_a_problem() -> None:
-    died, raised, left = ask(
+    died, raised, left, other = ask(
         [
             Call(lambda: os.kill(os.getpid(), signal.SIGSYS)),
             Call(lambda: 1 / 0),
             Call(lambda: os._exit(3)),
+            Call(lambda: object()),
         ]
     )
+    assert "PydanticSerializationError" in other.problem
     assert died.problem == "ended by SIGSYS"
     assert "ZeroDivisionError" in raised.problem
     assert left.problem == "ended without an answer"
+
+
+def test_answers_are_data_of_the_type_that_was_said(tmp_path: Path) -> None:
+    said = [Finding("memlock", Level.WARNING, 'a "quoted"\n\0 line', "fix"), Finding("kernel", Level.OK, "6.18")]
+    place = tier.Place("local", tmp_path, 1 << 40, "auto", ((tmp_path, 3),))
+    trial = engines.Trial("no", "fix")
+    findings, places, tried, wrong = ask(
+        [
+            Call(lambda: said, gives=list[Finding]),
+            Call(lambda: ([place], {"a": None}), gives=tuple[list[tier.Place], dict[str, None]]),
+            Call(lambda: trial, gives=engines.Trial),
+            Call(lambda: "text", gives=list[Finding]),
+        ]
+    )
+    assert (findings.value, places.value, tried.value) == (said, ([place], {"a": None}), trial)
+    assert wrong.problem == "its answer cannot be read"
 
 
 def test_a_hung_disk_is_an_error_and_does_not_hang_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +439,7 @@ def as_nobody(config: Path) -> tuple[dict[str, Finding], list[Finding]]:
         os.setuid(65534)
         return checkup(config)
 
-    (answer,) = ask([Call(become_and_check, 60)])
+    (answer,) = ask([Call(become_and_check, 60, list[Finding])])
     assert not answer.problem
     findings: list[Finding] = answer.value
     return {finding.name: finding for finding in findings}, [f for f in findings if f.level is Level.ERROR]
