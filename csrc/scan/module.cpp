@@ -23,7 +23,7 @@ nb::bytes read_headers(int fd, std::uint64_t base, std::uint64_t slot_bytes, con
     {
         nb::gil_scoped_release release;
         found = headers(fd, base, slot_bytes, {slots.data(), slots.shape(0)}, threads,
-                        reinterpret_cast<const volatile std::uint8_t*>(cancelled));
+                        reinterpret_cast<const std::uint8_t*>(cancelled));
     }
     return nb::bytes(found.data(), found.size() * sizeof(Found));
 }

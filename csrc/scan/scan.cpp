@@ -58,14 +58,14 @@ bool read_header(int fd, std::uint64_t offset, std::uint64_t slot_bytes, Room& r
 }  // namespace
 
 std::vector<Found> headers(int fd, std::uint64_t base, std::uint64_t slot_bytes, std::span<const std::uint32_t> slots,
-                           unsigned threads, const volatile std::uint8_t* cancelled) {
+                           unsigned threads, const std::uint8_t* cancelled) {
     std::vector<Found> results(slots.size());
     std::vector<std::uint8_t> whole(slots.size(), 0);
     std::atomic<std::size_t> next{0};
     const auto work = [&]() noexcept {
         Room room;
         for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < slots.size();) {
-            if (cancelled != nullptr && *cancelled != 0) return;
+            if (cancelled != nullptr && __atomic_load_n(cancelled, __ATOMIC_ACQUIRE) != 0) return;
             try {
                 results[i].slot = slots[i];
                 whole[i] = read_header(fd, base + slots[i] * slot_bytes, slot_bytes, room, results[i].page);

@@ -25,6 +25,6 @@ static_assert(sizeof(Found) == 104);
 /// threads: reads at a time, the calling thread among them. cancelled: a byte that ends the work when it becomes 1, or
 /// null. What cannot be read has no page. Memory: one header per thread, at most 1 MiB each.
 std::vector<Found> headers(int fd, std::uint64_t base, std::uint64_t slot_bytes, std::span<const std::uint32_t> slots,
-                           unsigned threads, const volatile std::uint8_t* cancelled);
+                           unsigned threads, const std::uint8_t* cancelled);
 
 }  // namespace hicache::scan

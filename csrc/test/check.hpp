@@ -1,4 +1,4 @@
-// What the tests without Python (test_index.cpp, test_engine.cpp) say when something is not so.
+// What the tests without Python (test_*.cpp) say when something is not so.
 #pragma once
 
 #include <cstdio>
