@@ -15,8 +15,8 @@ namespace {
 
 // Ends are handed over in groups, since whoever takes them pays for a lock and a thread switch each time. A group is
 // due when it is this large, when it has the last page of a batch, or when its first end has waited this long.
-constexpr std::size_t kGroup = 32;
-constexpr auto kGroupWait = std::chrono::milliseconds(5);
+constexpr std::size_t kGroup = 64;
+constexpr auto kGroupWait = std::chrono::milliseconds(10);
 constexpr auto kRegisterWait = std::chrono::seconds(60);
 
 std::chrono::steady_clock::time_point after(double seconds) {

@@ -64,6 +64,7 @@ bool submit(Engine& engine, std::uint64_t token, const In<std::int32_t, 1>& fds,
         page.offset = offsets.data()[i];
         page.cancelled = at(cancelled.data()[i]);
     }
+    nb::gil_scoped_release release;  // it wakes threads, which may take this one's processor at once
     return engine.submit(batch);
 }
 
@@ -107,6 +108,7 @@ bool submit_slots(Engine& engine, std::uint64_t token, bool write, const nb::byt
         batch->pages[i] = {fds.data()[i], write,           static_cast<std::uint32_t>(i * per_page),
                            static_cast<std::uint32_t>(per_page), offsets.data()[i], files.data()[i], at(cancelled)};
     }
+    nb::gil_scoped_release release;  // it wakes threads, which may take this one's processor at once
     return engine.submit(batch);
 }
 

@@ -65,7 +65,8 @@ class Directory:
 
     share: bytes that this writer may hold. wanted_at: when it last wanted more (monotonic, s). short: namespaces that
     run out of free slots; wake: set when there is work for supply.py. slow_from: the moment from which what supply.py
-    does now counts as slow.
+    does now counts as slow. helpless_until: when it is worth waking again for a namespace that runs short, after it
+    could do nothing for one.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Directory:
         self.share = capacity
         self.wanted_at = self._crowded_until = self._parted_until = -math.inf
         self.slow_from = math.inf
+        self.helpless_until = -math.inf
         self.short: dict[bytes, tuple[Namespace, SlotShape]] = {}
         self.wake = threading.Event()
         self._seen_mtime = -1
@@ -222,7 +224,8 @@ class Directory:
     def want(self, namespace: Namespace, shape: SlotShape) -> None:
         """This namespace runs short of free slots: somebody should see to it before it has none."""
         self.short[namespace.digest] = namespace, shape
-        self.wake.set()
+        if time.monotonic() >= self.helpless_until:
+            self.wake.set()
 
     def take_abandoned(self, namespace: Namespace, shape: SlotShape) -> bool:
         """Turn the oldest extent of an abandoned folder into one of ours, in O(1); whether there was one.

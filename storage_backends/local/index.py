@@ -129,14 +129,14 @@ class Index:
             self.touch(namespace, present, used=False)
         return held
 
-    def unpin(self, handles: list[int]) -> list[bool]:
-        """For each: whether its page was removed meanwhile and this was its last reader."""
-        freed = []
+    def unpin(self, handles: list[int]) -> bytes:
+        """A byte for each: whether its page was removed meanwhile and this was its last reader."""
+        freed = bytearray()
         for handle in handles:
             entry = self._pinned.pop(handle)
             entry.pins -= 1
             freed.append(not entry.pins and self._get(entry.page.namespace, entry.page.key) is not entry)
-        return freed
+        return bytes(freed)
 
     def pinned(self, handle: int) -> Page:
         return self._pinned[handle].told()

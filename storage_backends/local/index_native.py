@@ -57,8 +57,9 @@ class NativeIndex:
         handles, folders, extents, slots = columns[:, pages].tolist()
         return Pinned(pages.tolist(), handles, folders, extents, slots, own[pages].astype(bool).tolist())
 
-    def unpin(self, handles: list[int]) -> list[bool]:
-        return [bool(freed) for freed in self._index.unpin(handles)]
+    def unpin(self, handles: list[int]) -> bytes:
+        freed: bytes = self._index.unpin(handles)
+        return freed
 
     def pinned(self, handle: int) -> Page:
         return Page._make(self._index.pinned(handle))

@@ -136,14 +136,16 @@ class Reads:
     def _done(self, flight: _Flight, places: Sequence[int], moved: Sequence[int], verdicts: bytes) -> None:
         group = flight.group
         assert group is not None
-        others = {
-            place: found
-            for place, verdict in zip(places, verdicts, strict=True)
-            if verdict == Verdict.OTHER_PAGE and (found := found_in(group.numbers[place], group.header(place)))
-        }
-        group.io.give(group, places)
         outcomes: Sequence[int] = _HIT * len(places)
         good = verdicts.count(Verdict.VALID) == len(verdicts)
+        others: dict[int, Found] = {}
+        if not good:
+            others = {
+                place: found
+                for place, verdict in zip(places, verdicts, strict=True)
+                if verdict == Verdict.OTHER_PAGE and (found := found_in(group.numbers[place], group.header(place)))
+            }
+        group.io.give(group, places)
         with self._tier.lock:
             flight.disk.ended(moved)
             if good:

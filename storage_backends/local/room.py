@@ -66,6 +66,8 @@ class _Request:
     def __init__(self, batch: KeyBatch, pages: list[int], admit: Callable[[int], bool] | None, pinned: bool) -> None:
         """pinned: no page of the batch's namespace may go."""
         self.batch = batch
+        self.every_key = split_keys(batch.keys)
+        self.parents = [NO_PARENT] * len(batch) if batch.parents is None else split_keys(batch.parents)
         self.pinned = pinned
         self.short = self.starting = False
         self.left = pages
@@ -129,10 +131,10 @@ class _Request:
                 why = "starting"
             else:
                 why = "pinned_full" if self.pinned else "no_room"
-                if self.batch.parent(page) in gone:
+                if self.parents[page] in gone:
                     why = "unreachable"
             refused.append((page, why))
-            gone.add(self.batch.key(page))
+            gone.add(self.every_key[page])
         return self.grant
 
 
@@ -162,7 +164,7 @@ class Room:
             request.grant.error = error
         grant = request.close()
         self._look_ahead(request, shape)
-        self._announce(batch, request.granted)
+        self._announce(request)
         return grant
 
     def landed(self, namespace: bytes, keys: Iterable[bytes]) -> None:
@@ -214,13 +216,11 @@ class Room:
         """Set aside the pages for which nothing may go."""
         if not request.left:
             return
-        batch, fit = request.batch, []
+        keys, parents, fit = request.every_key, request.parents, []
         if not request.kept:
-            request.kept.update(split_keys(batch.keys))
-            for parent in set(split_keys(batch.parents or b"")) - request.kept - {NO_PARENT}:
+            request.kept.update(keys)
+            for parent in set(parents) - request.kept - {NO_PARENT}:
                 self._stays(request, parent)  # also above pages that needed nobody's room
-        keys = split_keys(batch.keys)
-        parents = [NO_PARENT] * len(keys) if batch.parents is None else split_keys(batch.parents)
         refused = {keys[page] for page in [*request.stranded, *request.unworthy]}
         for page in request.left:
             # Asked even where the parent decides, so that a rule knows the whole chain the next time.
@@ -264,9 +264,7 @@ class Room:
         coldest = self._index.coldest(other for other in self._writers.loose() if other != namespace.digest)
         return coldest is not None and self._writers.reclaim(coldest, namespace, shape)
 
-    def _announce(self, batch: KeyBatch, pages: list[int]) -> None:
-        coming = self._coming.setdefault(batch.namespace.digest, {})
-        keys = split_keys(batch.keys)
-        parents = [NO_PARENT] * len(keys) if batch.parents is None else split_keys(batch.parents)
-        for page in pages:
-            coming[keys[page]] = parents[page]
+    def _announce(self, request: _Request) -> None:
+        coming = self._coming.setdefault(request.batch.namespace.digest, {})
+        keys, parents = request.every_key, request.parents
+        coming.update((keys[page], parents[page]) for page in request.granted)

@@ -144,6 +144,7 @@ class Supply:
                 giver = self._giver(writer, digest)
                 if giver is not None and writer.reclaim(giver, namespace, shape):
                     continue
+                directory.helpless_until = time.monotonic() + TICK_SECONDS
             del directory.short[digest]
         return None
 

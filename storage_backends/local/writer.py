@@ -76,6 +76,8 @@ class Writer:
         self.by_namespace: dict[bytes, dict[int, Extent]] = {}
         self.leaving: dict[int, Extent] = {}
         self.disk_bytes = 0
+        self._bytes = Counter[bytes]()  # of each namespace's extents
+        self._slots = Counter[bytes]()
         self.recent = Recent(time.monotonic)
         self.free: dict[bytes, FreeSlots] = {}
         self.disk_full_until = 0.0
@@ -155,17 +157,22 @@ class Writer:
                     self.log.lacks(readers_too=False)
 
     def _enter(self, extent: Extent) -> None:
+        header = extent.header
         self.extents[extent.number] = extent
-        self.by_namespace.setdefault(extent.header.namespace, {})[extent.number] = extent
-        self.disk_bytes += extent.header.extent_bytes
+        self.by_namespace.setdefault(header.namespace, {})[extent.number] = extent
+        self.disk_bytes += header.extent_bytes
+        self._bytes[header.namespace] += header.extent_bytes
+        self._slots[header.namespace] += header.slots
 
     def _leave(self, number: int) -> Extent:
         extent = self.extents.pop(number)
-        namespace = extent.header.namespace
+        header, namespace = extent.header, extent.header.namespace
         del self.by_namespace[namespace][number]
+        self.disk_bytes -= header.extent_bytes
+        self._bytes[namespace] -= header.extent_bytes
+        self._slots[namespace] -= header.slots
         if not self.by_namespace[namespace]:
-            del self.by_namespace[namespace]
-        self.disk_bytes -= extent.header.extent_bytes
+            del self.by_namespace[namespace], self._bytes[namespace], self._slots[namespace]
         return extent
 
     def _free(self, namespace: bytes) -> FreeSlots:
@@ -176,8 +183,7 @@ class Writer:
 
     def _tell_capacity(self, namespace: bytes) -> None:
         """Orders weigh uses against how many pages the namespace has room for."""
-        extents = [e for writer in self.peers.values() for e in writer.by_namespace.get(namespace, {}).values()]
-        self._index.set_capacity(namespace, sum(extent.header.slots for extent in extents))
+        self._index.set_capacity(namespace, sum(writer._slots[namespace] for writer in self.peers.values()))
 
     def next_generations(self, count: int) -> list[int]:
         """Larger than any before in this folder, whatever the clock does."""
@@ -210,7 +216,7 @@ class Writer:
         """
         if time.monotonic() < self.disk_full_until:
             return None
-        held = self._bytes(namespace.digest)
+        held = self._bytes[namespace.digest]
         target = min(_MAX_EXTENT, max(MIN_EXTENT, share // _EXTENTS_PER_SHARE), max(MIN_EXTENT, held), most)
         room = share - self.disk_bytes
         slots = max(1, (min(target, room) - BLOCK) // shape.slot_bytes)
@@ -292,17 +298,13 @@ class Writer:
 
     def larger(self, namespace: bytes) -> list[bytes]:
         """Namespaces with extents that may go which have more than this one, even with one extent less."""
-        mine = self._bytes(namespace)
-        others = {other: self.by_namespace[other] for other in self.loose() if other != namespace}
-        return [other for other, had in others.items() if self._bytes(other) * (len(had) - 2) >= mine * len(had)]
-
-    def _bytes(self, namespace: bytes) -> int:
-        return sum(extent.header.extent_bytes for extent in self.by_namespace.get(namespace, {}).values())
+        mine = self._bytes[namespace]
+        others = {other: len(self.by_namespace[other]) for other in self.loose() if other != namespace}
+        return [other for other, had in others.items() if self._bytes[other] * (had - 2) >= mine * had]
 
     def is_short(self, namespace: bytes) -> bool:
         """Whether a namespace's free slots may not last until more are made."""
-        slots = sum(extent.header.slots for extent in self.by_namespace.get(namespace, {}).values())
-        return self.free_count(namespace, False) < min(_AHEAD, max(1, slots // 4))
+        return self.free_count(namespace, False) < min(_AHEAD, max(1, self._slots[namespace] // 4))
 
     def sweep(self, limit: int) -> bool:
         """Forget pages that nobody can come by, since what is above them was reclaimed; whether there may be more."""
@@ -342,7 +344,7 @@ class Writer:
         replaced, records = self._index.publish(
             namespace, keys, parents, self.number, numbers, slots, generations, time_ns
         )
-        self.recent.count(stored=sum(extent.header.slot_bytes for extent in extents))
+        self.recent.count(stored=len(extents) * extents[0].header.slot_bytes)
         for old in replaced:
             if old.own and (peer := self.peers.get(old.folder)) is not None:
                 peer._give_slots([old])
@@ -406,9 +408,12 @@ class Writer:
     def _give_slots(self, pages: list[Page]) -> None:
         # A slot that a read still uses stays out of the free list until the read ends (reads.py gives it back).
         extents = self.extents
-        for page in pages:
-            if not page.pins and page.extent in extents:
-                self._free(page.namespace).add([(page.extent, page.slot)])
+        for namespace in {page.namespace for page in pages}:
+            self._free(namespace).add(
+                (page.extent, page.slot)
+                for page in pages
+                if not page.pins and page.namespace == namespace and page.extent in extents
+            )
 
     # -- recovery ------------------------------------------------------------------------------------------------
 
