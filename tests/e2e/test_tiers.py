@@ -3,6 +3,8 @@
 Tiers are detached and attached through SGLang's admin route. With one tier attached, what SGLang counts as loaded from
 storage can have come from nowhere else; of a cascade, the other tiers are empty or dead then. Outputs are compared
 token by token with those of the cold run.
+
+All of it runs on a host of its own, where that can be had: Mooncake's client listens on every interface of its host.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,8 +26,10 @@ import yaml
 
 from storage_backends import registry
 from tests.e2e.test_server import PAGE, Client, Place, prompt, serve
+from tests.mooncake_server import MooncakeServer, installed
+from tests.netns import Host, Network
 from tests.redis_server import RedisServer, free_port
-from tests.s3_server import CREDENTIALS, s3_server
+from tests.s3_server import CREDENTIALS, S3Server
 
 pytestmark = [
     pytest.mark.server,
@@ -41,10 +46,13 @@ Tiers = list[dict[str, Any]]
 
 
 class Stage:
-    """The servers behind the tiers, started when a tier needs them; one SGLang server and what it should say."""
+    """The servers behind the tiers, started when a tier needs them; one SGLang server and what it should say.
 
-    def __init__(self, place: Place, stack: ExitStack) -> None:
-        self.place, self._stack = place, stack
+    host: on which all of that runs; None: on the machine itself.
+    """
+
+    def __init__(self, place: Place, stack: ExitStack, host: Host | None) -> None:
+        self.place, self._stack, self._host = place, stack, host
         self.redis = stack.enter_context(RedisServer())
         self.truth: dict[str, list[int]] = {}
         self._folders = 0
@@ -59,10 +67,25 @@ class Stage:
     def redis_tier(self, **options: Any) -> dict[str, Any]:
         return {"type": "redis", "url": f"redis://127.0.0.1:{self.redis.port}", "timeout": 2, **options}
 
+    @cached_property
+    def _s3(self) -> S3Server:
+        server = S3Server()
+        self._stack.callback(server.kill)
+        return server
+
     def s3_tier(self) -> dict[str, Any]:
-        server = s3_server()
-        endpoint = f"http://127.0.0.1:{server.port}"
-        return {"type": "s3", "bucket": server.bucket(), "endpoint": endpoint, "allow_http": True}
+        endpoint = f"http://127.0.0.1:{self._s3.port}"
+        return {"type": "s3", "bucket": self._s3.bucket(), "endpoint": endpoint, "allow_http": True}
+
+    @cached_property
+    def _mooncake(self) -> MooncakeServer:
+        if self._host is None:
+            pytest.skip("Mooncake needs a network namespace")
+        installed()
+        return MooncakeServer(self._host, 256 << 20)
+
+    def mooncake_tier(self, **options: Any) -> dict[str, Any]:
+        return {"type": "mooncake", **self._mooncake.options(**options)}
 
     def local_tier(self) -> dict[str, Any]:
         return {"type": "local", "path": self.folder(), "capacity": "256MiB"}
@@ -84,15 +107,27 @@ SETUPS = [
     Setup("memory", lambda _: [{"type": "memory", "capacity": "256MiB"}], kept=False),
     Setup("shared_fs", lambda stage: [{"type": "shared_fs", "path": stage.folder()}]),
     Setup("nixl", lambda stage: [{"type": "nixl", "path": stage.folder(), "capacity": "256MiB"}]),
+    Setup("mooncake", lambda stage: [stage.mooncake_tier(prefix="first", direct=True)]),
     Setup("nvme-redis", lambda stage: [stage.local_tier(), stage.redis_tier(prefix="second")]),
     Setup("nvme-s3", lambda stage: [stage.local_tier(), stage.s3_tier()]),
+    Setup("nvme-mooncake", lambda stage: [stage.local_tier(), stage.mooncake_tier(prefix="second")]),
 ]
+
+
+def own_host(stack: ExitStack) -> Host | None:
+    """A host that this thread is on from now on, and everything that it starts."""
+    try:
+        host = stack.enter_context(Network(1)).hosts[0]
+    except pytest.skip.Exception:
+        return None
+    stack.enter_context(host.inside())
+    return host
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with ExitStack() as stack:
-        yield Stage(Place(tmp_path_factory.mktemp("tiers")), stack)
+        yield Stage(Place(tmp_path_factory.mktemp("tiers")), stack, own_host(stack))
 
 
 @pytest.fixture(scope="module")
