@@ -5,38 +5,64 @@ from __future__ import annotations
 import datetime
 import ipaddress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 
-def certificate(folder: Path, days: int) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, its own authority; negative days: it has expired."""
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    crypto = pytest.importorskip("cryptography.x509")
-    from cryptography.hazmat.primitives import hashes, serialization
+class Certificate(NamedTuple):
+    """Files (PEM)."""
+
+    cert: Path
+    key: Path
+    authority: Path
+
+
+def certificate(folder: Path, days: int) -> Certificate:
+    """A new certificate for 127.0.0.1 from the folder's own authority; negative days: it has expired."""
+    pytest.importorskip("cryptography")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    private = ec.generate_private_key(ec.SECP256R1())
-    name = crypto.Name([crypto.NameAttribute(crypto.oid.NameOID.COMMON_NAME, "localhost")])
+    files = Certificate(folder / "cert.pem", folder / "key.pem", folder / "authority.pem")
+    ca_key_file = folder / "authority-key.pem"
+    if not ca_key_file.exists():
+        ca_key = _write_key(ca_key_file)
+        basic = x509.BasicConstraints(ca=True, path_length=None)
+        files.authority.write_bytes(_signed("authority", "authority", ca_key, ca_key, 30, [(basic, True)]))
+    signing: Any = serialization.load_pem_private_key(ca_key_file.read_bytes(), None)
+    assert isinstance(signing, ec.EllipticCurvePrivateKey)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    files.cert.write_bytes(_signed("localhost", "authority", _write_key(files.key), signing, days, [(address, False)]))
+    return files
+
+
+def _write_key(path: Path) -> Any:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    how = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(key.private_bytes(*how))
+    return key
+
+
+def _signed(name: str, by: str, key: Any, signing: Any, days: int, extensions: list[tuple[Any, bool]]) -> bytes:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+
+    names = [x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, one)]) for one in (name, by)]
     now = datetime.datetime.now(datetime.UTC)
     made = (
-        crypto.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(private.public_key())
-        .serial_number(1)
+        x509.CertificateBuilder()
+        .subject_name(names[0])
+        .issuer_name(names[1])
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=30))
         .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(
-            crypto.SubjectAlternativeName([crypto.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
-        .add_extension(crypto.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(private, hashes.SHA256())
     )
-    cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    key.write_bytes(
-        private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    return cert, key
+    for extension, critical in extensions:
+        made = made.add_extension(extension, critical=critical)
+    return made.sign(signing, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)

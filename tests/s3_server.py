@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.certificates import Certificate
 from tests.child import Child, die_with_parent
 from tests.redis_server import free_port
 
@@ -22,16 +23,18 @@ class S3Server(Child):
 
     name = "moto_server"
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Certificate | None = None) -> None:
         pytest.importorskip("obstore")
         pytest.importorskip("moto.server")
+        self._tls = tls
         self.port = free_port()
         self.start()
 
     def start(self) -> None:
         """Start it (again), empty."""
+        secure = [] if self._tls is None else ["-s", "-c", str(self._tls.cert), "-k", str(self._tls.key)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port), *secure],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             preexec_fn=die_with_parent,
@@ -43,7 +46,8 @@ class S3Server(Child):
         import requests
 
         name = name or f"pages-{uuid.uuid4().hex[:12]}"
-        requests.put(f"http://127.0.0.1:{self.port}/{name}", timeout=60).raise_for_status()
+        address = f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/{name}"
+        requests.put(address, timeout=60, verify=str(self._tls.authority) if self._tls else True).raise_for_status()
         return name
 
     def store(self, bucket: str) -> Any:

@@ -1,7 +1,7 @@
 """The redis tier: pages as values of Redis or Valkey.
 
 Belongs here: which commands move pages, and what their answers mean. Does not belong here: the bytes of a value
-(object.py), the protocol (wire.py), where servers are (servers.py).
+(object.py), the protocol (resp.py), where servers are (servers.py).
 
 A value's name is `prefix:version:namespace:key`, in hex. A read pipelines GETs and receives each value straight into
 its page; a write asks STRLEN first, which tells what is there and whole and keeps it young, and SETs the rest. Room is
@@ -20,16 +20,17 @@ import redis
 from storage_backends.base import BackendOptions, Capabilities, Dispatcher, Outcome
 from storage_backends.object_backend import Group, ObjectBackend, TooLate, Unreachable
 from storage_backends.redis.options import RedisOptions
+from storage_backends.redis.resp import ReplyError, Resp, command, command_around
 from storage_backends.redis.servers import Node, Servers
-from storage_backends.redis.wire import Part, ReplyError, Wire, WireError, WireTimeout, command, command_around
 from storage_backends.secrets import load_secret
+from storage_backends.wire import Part, WireError, WireTimeout
 
 _REDIRECTS = 4
 
 Send = Callable[[int], Sequence[Part]]
 """The command for item number i."""
 
-Receive = Callable[[Wire, int], ReplyError | None]
+Receive = Callable[[Resp, int], ReplyError | None]
 """Take the answer for item number i; an error that `_elsewhere` knows is returned, to be asked again elsewhere."""
 
 
@@ -43,8 +44,8 @@ class RedisBackend(ObjectBackend):
     def __init__(self, options: RedisOptions, dispatcher: Dispatcher) -> None:
         super().__init__(options, dispatcher)
         self._servers = Servers(options, load_secret("password", options.password_env, options.password_file))
-        self._wires: set[Wire] = set()
-        self._free: defaultdict[Node, list[Wire]] = defaultdict(list)
+        self._wires: set[Resp] = set()
+        self._free: defaultdict[Node, list[Resp]] = defaultdict(list)
         self._lock = threading.Lock()
 
     @classmethod
@@ -56,7 +57,7 @@ class RedisBackend(ObjectBackend):
     def sizes(self, names: list[str]) -> list[int]:
         sizes = [-1] * len(names)
 
-        def receive(wire: Wire, i: int) -> ReplyError | None:
+        def receive(wire: Resp, i: int) -> ReplyError | None:
             answer = wire.reply()
             if isinstance(answer, ReplyError):
                 return answer
@@ -70,7 +71,7 @@ class RedisBackend(ObjectBackend):
         pages = list(group.open)
         names = [self.name(group, page) for page in pages]
 
-        def receive(wire: Wire, i: int) -> ReplyError | None:
+        def receive(wire: Resp, i: int) -> ReplyError | None:
             head = bytearray(group.form.head_bytes)
             got = wire.value_into([memoryview(head), *group.batch.buffers(pages[i])])
             if isinstance(got, ReplyError):
@@ -95,7 +96,7 @@ class RedisBackend(ObjectBackend):
             before, behind = command_around(("SET", names[i]), group.form.size, ttl)
             return [before, head, *buffers, behind]
 
-        def receive(wire: Wire, i: int) -> ReplyError | None:
+        def receive(wire: Resp, i: int) -> ReplyError | None:
             answer = wire.reply()
             if answer == b"OK":
                 self.stored(group, pages[i])
@@ -115,7 +116,7 @@ class RedisBackend(ObjectBackend):
     def delete(self, names: list[str]) -> list[bool]:
         were = [False] * len(names)
 
-        def receive(wire: Wire, i: int) -> ReplyError | None:
+        def receive(wire: Resp, i: int) -> ReplyError | None:
             answer = wire.reply()
             if isinstance(answer, ReplyError):
                 return answer
@@ -255,7 +256,7 @@ class RedisBackend(ObjectBackend):
 
     # ---- connections
 
-    def _take(self, node: Node) -> Wire:
+    def _take(self, node: Node) -> Resp:
         with self._lock:
             if self._free[node]:
                 return self._free[node].pop()
@@ -278,7 +279,7 @@ class RedisBackend(ObjectBackend):
         with contextlib.suppress(Unreachable):
             self._servers.changed()
 
-    def _drop(self, wire: Wire) -> None:
+    def _drop(self, wire: Resp) -> None:
         with self._lock:
             self._wires.discard(wire)
         wire.close()
@@ -290,5 +291,5 @@ class RedisBackend(ObjectBackend):
             self._drop(wire)
 
 
-def _ignore(wire: Wire, _: int) -> None:
+def _ignore(wire: Resp, _: int) -> None:
     wire.reply()

@@ -18,7 +18,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from storage_backends.object_backend import Unreachable
-from storage_backends.redis.wire import Wire
+from storage_backends.redis.resp import Resp
 
 if TYPE_CHECKING:
     from storage_backends.redis.options import RedisOptions
@@ -66,7 +66,7 @@ class Servers:
             return self._behind_sentinels()
         return self._first
 
-    def connect(self, node: Node) -> Wire:
+    def connect(self, node: Node) -> Resp:
         """A new connection, authenticated. Raises Unreachable."""
         host, port = node
         # The greeting is waited for no longer than the connection: nobody can abort it before it is a wire.
@@ -79,7 +79,7 @@ class Servers:
                 kind = SSLConnection if self._secure else Connection
                 connection = kind(host=host, port=port, socket_keepalive=True, **common, **self._tls)
             connection.connect()
-            return Wire(connection._sock, self._options.timeout, connection)
+            return Resp(connection._sock, self._options.timeout, connection)
         except (redis.RedisError, OSError) as error:
             raise Unreachable(f"{host}:{port}: {error}") from None
 

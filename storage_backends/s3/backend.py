@@ -1,27 +1,34 @@
 """The s3 tier: pages as objects of a bucket, through obstore.
 
 Belongs here: which requests move pages, and what their answers mean. Does not belong here: the bytes of an object
-(object.py).
+(object.py), HTTP (http.py).
 
-An object's key is `prefix/version/namespace/key`, in hex. A read is one GET, copied into the page as it arrives; a
-write is a HEAD, and then a PUT on condition that nobody was faster (If-None-Match), or without condition where HEAD
-found an object of another size. Large objects go up in parts, which become one object at the end or never.
+An object's key is `prefix/version/namespace/key`, in hex. A read is one GET; a write is a HEAD, and then a PUT on
+condition that nobody was faster (If-None-Match), or without condition where HEAD found an object of another size. Large
+objects go up in parts, which become one object at the end or never.
+
+A page is first tried over a connection of ours, between socket and page (http.py). What does not go well there is asked
+of obstore, which repeats, follows redirections and knows what errors mean; so is everything that is not a page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
+from storage_backends.backoff import Backoff
 from storage_backends.base import BackendOptions, Buffers, Capabilities, Dispatcher
 from storage_backends.object_backend import Group, ObjectBackend, TooLate, Unreachable
 from storage_backends.s3.client import open_store
+from storage_backends.s3.http import Answer, Http
 from storage_backends.s3.options import S3Options
+from storage_backends.wire import WireError, WireTimeout
 
 _PARTS_AT_ONCE = 4
 _DELETE_AT_ONCE = 1000
@@ -29,6 +36,13 @@ _DELETE_AT_ONCE = 1000
 _CHUNK = 4 << 20
 #: Objects up to this size are gathered whole.
 _AT_ONCE = 16 << 20
+#: For which an address is signed: it is used at once, but clocks differ.
+_SIGNED_FOR = timedelta(minutes=15)
+#: Answers that tell all; any other is for obstore to make out.
+_UNDERSTOOD = {"GET": (200, 404), "PUT": (200, 412)}
+#: How long obstore alone is asked after a request of ours that did not go well: at first, and at most.
+_DETOUR_SECONDS = (1.0, 60.0)
+_NOBODY_FASTER = b"If-None-Match: *\r\n"
 
 
 class S3Backend(ObjectBackend):
@@ -43,6 +57,8 @@ class S3Backend(ObjectBackend):
     def __init__(self, options: S3Options, dispatcher: Dispatcher) -> None:
         super().__init__(options, dispatcher)
         self._store = open_store(options)
+        self._http = Http(options.timeout, options.tls_ca) if Http.is_possible(options.endpoint) else None
+        self._detour = Backoff(*_DETOUR_SECONDS)
         self._heads = ThreadPoolExecutor(options.connections, thread_name_prefix="s3-head")
 
     @classmethod
@@ -56,20 +72,13 @@ class S3Backend(ObjectBackend):
 
     def read_group(self, group: Group) -> None:
         for page in list(group.open):
+            name, head = self.name(group, page), bytearray(group.form.head_bytes)
+            buffers = [memoryview(head), *group.batch.buffers(page)]
             with _errors():
-                try:
-                    found = obstore.get(self._store, self.name(group, page))
-                except FileNotFoundError:
-                    self.absent(group, page)
-                    continue
-                if found.meta["size"] != group.form.size:
-                    group.set_corrupt(page)
-                    continue
-                head = bytearray(group.form.head_bytes)
-                # In one piece, since each call costs more than a copy; in several where that is large.
-                chunks = [found.bytes()] if group.form.size <= _AT_ONCE else found.stream(_CHUNK)
-                whole = self._fill([memoryview(head), *group.batch.buffers(page)], chunks)
-            if whole:
+                size = self._get(name, buffers)
+            if size == -1:
+                self.absent(group, page)
+            elif size == group.form.size:
                 self.arrived(group, page, head)
             else:
                 group.set_corrupt(page)
@@ -99,9 +108,57 @@ class S3Backend(ObjectBackend):
     def versions(self) -> dict[str, str]:
         return {"obstore": obstore.__version__}
 
+    def stats(self) -> Mapping[str, int | float | str]:
+        """direct: pages that went between socket and memory. repeated: those for which obstore was asked after all."""
+        with self._count_lock:
+            ways = {name: self.counts[name] for name in ("direct", "repeated")}
+        return {**super().stats(), **ways}
+
+    def abort(self) -> None:
+        if self._http is not None:
+            self._http.abort()
+
     def close(self) -> None:
         super().close()
         self._heads.shutdown(wait=False, cancel_futures=True)
+        if self._http is not None:
+            self._http.close()
+
+    def _direct(self, method: Literal["GET", "PUT"], name: str, ask: Callable[[Http, str], Answer]) -> Answer | None:
+        """The answer to a request of ours; None where obstore has to be asked."""
+        if self._http is None or not self._detour.allow():
+            return None
+        try:
+            answer = ask(self._http, obstore.sign(self._store, method, name, _SIGNED_FOR))
+        except WireTimeout as error:
+            raise TooLate(str(error)) from None
+        except WireError:
+            answer = None
+        if self._closing:
+            raise TooLate("closed")
+        if answer is not None and answer.status in _UNDERSTOOD[method]:
+            self._detour.good()
+            self.count("direct")
+            return answer
+        self._detour.bad("")
+        self.count("repeated")
+        return None
+
+    def _get(self, name: str, buffers: Buffers) -> int:
+        """The object's size, -1 where there is none. It is in the buffers if it has exactly their size."""
+        answer = self._direct("GET", name, lambda http, url: http.get(url, buffers))
+        if answer is not None:
+            return answer.length if answer.status == 200 else -1
+        try:
+            found = obstore.get(self._store, name)
+        except FileNotFoundError:
+            return -1
+        size, wanted = int(found.meta["size"]), sum(map(len, buffers))
+        if size == wanted:
+            # In one piece, since each call costs more than a copy; in several where that is large.
+            whole = self._fill(buffers, [found.bytes()] if size <= _AT_ONCE else found.stream(_CHUNK))
+            return size if whole else 0
+        return size
 
     def _fill(self, buffers: Buffers, chunks: Iterable[Any]) -> bool:
         """Copy what arrives into the buffers; whether it was exactly what they hold."""
@@ -137,6 +194,10 @@ class S3Backend(ObjectBackend):
                 chunk_size=int(self.options.multipart_size), max_concurrency=_PARTS_AT_ONCE,
             )  # fmt: skip
             return True
+        condition = b"" if replace else _NOBODY_FASTER
+        answer = self._direct("PUT", name, lambda http, url: http.put(url, parts, condition))
+        if answer is not None:
+            return answer.status == 200
         try:
             obstore.put(self._store, name, parts, mode="overwrite" if replace else "create", use_multipart=False)
         except AlreadyExistsError:

@@ -107,7 +107,7 @@ SETUPS = [
     Setup("memory", lambda _: [{"type": "memory", "capacity": "256MiB"}], kept=False),
     Setup("shared_fs", lambda stage: [{"type": "shared_fs", "path": stage.folder()}]),
     Setup("nixl", lambda stage: [{"type": "nixl", "path": stage.folder(), "capacity": "256MiB"}]),
-    Setup("mooncake", lambda stage: [stage.mooncake_tier(prefix="first", direct=True)]),
+    Setup("mooncake", lambda stage: [stage.mooncake_tier(prefix="first")]),
     Setup("nvme-redis", lambda stage: [stage.local_tier(), stage.redis_tier(prefix="second")]),
     Setup("nvme-s3", lambda stage: [stage.local_tier(), stage.s3_tier()]),
     Setup("nvme-mooncake", lambda stage: [stage.local_tier(), stage.mooncake_tier(prefix="second")]),

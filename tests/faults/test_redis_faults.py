@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from storage_backends.base import Backend, Dispatcher, Outcome
-from tests.certificates import certificate
+from tests.certificates import Certificate, certificate
 from tests.pages import HostPool, chain, content, key_batch, namespace
 from tests.proxy import Proxy
 from tests.redis_server import RedisServer, free_port
@@ -428,16 +428,17 @@ def test_what_others_stored_after_a_lookup_is_the_same_page(tier: Open, server: 
 # ---- who may come in
 
 
-def _tls_arguments(cert: Path, key: Path) -> list[str]:
-    files = ["--tls-cert-file", str(cert), "--tls-key-file", str(key), "--tls-ca-cert-file", str(cert)]
+def _tls_arguments(tls: Certificate) -> list[str]:
+    files = ["--tls-cert-file", str(tls.cert), "--tls-key-file", str(tls.key)]
+    files += ["--tls-ca-cert-file", str(tls.authority)]
     return [*files, "--tls-auth-clients", "no"]
 
 
 def test_tls_and_a_certificate_that_expired(tier: Open, stack: ExitStack, tmp_path: Path) -> None:
-    cert, key = certificate(tmp_path, 30)
-    server = stack.enter_context(RedisServer(*_tls_arguments(cert, key), tls=True))
+    tls = certificate(tmp_path, 30)
+    server = stack.enter_context(RedisServer(*_tls_arguments(tls), tls=True))
     url = f"rediss://127.0.0.1:{server.port}"
-    backend = tier(url=url, tls_ca=cert)
+    backend = tier(url=url, tls_ca=tls.authority)
     recovers(backend)
     stranger = tier(url=url)
     assert set(served(stranger)) == {Outcome.FAILED}, "a certificate that nobody vouches for"
@@ -445,7 +446,7 @@ def test_tls_and_a_certificate_that_expired(tier: Open, stack: ExitStack, tmp_pa
     certificate(tmp_path, -1)
     server.kill()
     server.start()
-    expired = tier(url=url, tls_ca=cert)
+    expired = tier(url=url, tls_ca=tls.authority)
     assert set(served(expired)) == {Outcome.FAILED}
     assert "expired" in str(expired.stats()["state"])
     certificate(tmp_path, 30)
@@ -455,10 +456,10 @@ def test_tls_and_a_certificate_that_expired(tier: Open, stack: ExitStack, tmp_pa
 
 
 def test_tls_that_is_cut_slow_and_truncated(tier: Open, stack: ExitStack, tmp_path: Path) -> None:
-    cert, key = certificate(tmp_path, 30)
-    server = stack.enter_context(RedisServer(*_tls_arguments(cert, key), tls=True))
+    tls = certificate(tmp_path, 30)
+    server = stack.enter_context(RedisServer(*_tls_arguments(tls), tls=True))
     proxy = stack.enter_context(Proxy(server.port))
-    backend = tier(url=f"rediss://127.0.0.1:{proxy.port}", tls_ca=cert, timeout=0.5)
+    backend = tier(url=f"rediss://127.0.0.1:{proxy.port}", tls_ca=tls.authority, timeout=0.5)
     recovers(backend)
     proxy.cut_after = 3 * PAGE
     assert set(served(backend)) <= {Outcome.HIT, Outcome.FAILED}

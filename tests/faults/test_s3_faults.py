@@ -5,13 +5,13 @@ from __future__ import annotations
 import http.server
 import logging
 import random
-import ssl
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,8 @@ def test_wrong_answers_are_caught_and_healed(tier: Open, server: S3Server, bucke
         outcomes = served(backend, keys)
         assert {key for key, outcome in zip(keys, outcomes, strict=True) if outcome == Outcome.CORRUPT} == hurt
         assert outcomes.count(Outcome.HIT) == 20 - len(hurt)
+    assert backend.stats()["direct"]
+    assert not backend.stats()["repeated"]
     assert store(backend, keys) == [Outcome.HIT] * 20
     hurt = damage(server, bucket, keys, 9)
     sound = {key for key, there in zip(keys, backend.lookup(key_batch(SPACE, keys)), strict=True) if there}
@@ -235,20 +237,69 @@ def test_large_pages_go_up_in_parts(tier: Open, server: S3Server, bucket: str) -
     assert all(tag.endswith('-3"') for tag in tags), "three parts each"
 
 
-def test_a_certificate_that_nobody_vouches_for_or_that_expired(tier: Open, stack: ExitStack, tmp_path: Path) -> None:
-    for days, trusted in ((30, False), (-1, True)):
-        cert, key = certificate(tmp_path, days)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(cert, key)
-        web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
-        web.socket = context.wrap_socket(web.socket, server_side=True)
-        thread = threading.Thread(target=web.serve_forever, daemon=True)
-        thread.start()
-        stack.callback(web.server_close)
-        stack.callback(web.shutdown)
-        more = {"tls_ca": cert} if trusted else {}
-        backend = tier(0, "cache", endpoint=f"https://127.0.0.1:{web.server_port}", timeout=3, **more)
-        assert set(served(backend)) == {Outcome.FAILED}
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno",
+        b"HTTP/1.1 301 Moved\r\nLocation: http://elsewhere/\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"",
+    ],
+    ids=["busy", "signed addresses are refused", "moved", "chunked", "closed"],
+)
+def test_what_our_own_request_does_not_get_obstore_does(
+    tier: Open, server: S3Server, bucket: str, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+    def answer() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            with client, suppress(OSError):
+                client.recv(1 << 16)
+                client.sendall(said)
+
+    threading.Thread(target=answer, daemon=True).start()
+    backend: Any = tier(server.port, bucket)
+    monkeypatch.setattr(obstore, "sign", lambda *_: f"http://127.0.0.1:{listener.getsockname()[1]}/x?y")
+    for work in (store, served):
+        backend._detour.good()
+        assert work(backend) == HITS
+    assert backend.stats()["repeated"] >= 2
+    monkeypatch.undo()
+    backend._detour.good()
+    assert served(backend) == HITS
+    assert backend.stats()["direct"]
+
+
+def test_tls_and_a_certificate_that_expired(tier: Open, stack: ExitStack, tmp_path: Path) -> None:
+    tls = certificate(tmp_path, 30)
+    server = S3Server(tls)
+    stack.callback(server.kill)
+    bucket, endpoint = server.bucket(), f"https://127.0.0.1:{server.port}"
+    backend = tier(0, bucket, endpoint=endpoint, tls_ca=tls.authority, timeout=5)
+    large = namespace((3 << 20, 70_000))
+    assert store(backend) == HITS
+    assert served(backend) == HITS
+    assert store(backend, KEYS[:2], large) == HITS[:2]
+    assert served(backend, KEYS[:2], large) == HITS[:2]
+    assert backend.stats()["direct"] == 2 * len(KEYS) + 4
+    strange = tier(0, bucket, endpoint=endpoint, timeout=3)
+    assert set(served(strange)) == {Outcome.FAILED}, "nobody vouches for it"
+    certificate(tmp_path, -1)
+    server.kill()
+    server.start()
+    assert set(served(backend)) == {Outcome.FAILED}
+    assert set(store(backend)) == {Outcome.FAILED}
+    certificate(tmp_path, 30)
+    server.kill()
+    server.start()
+    server.bucket(bucket)
+    recovers(backend)
 
 
 class Gate(http.server.BaseHTTPRequestHandler):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("redis")
 
-from storage_backends.redis.wire import ReplyError, Wire, WireError, WireTimeout, command, command_around
+from storage_backends.redis.resp import ReplyError, Resp, command, command_around
+from storage_backends.wire import WireError, WireTimeout
 
 CUTS = st.lists(st.integers(1, 9000), max_size=6)
 
@@ -21,7 +22,7 @@ class Peer:
 
     def __init__(self, data: bytes, cuts: list[int], timeout: float = 5, close: bool = True) -> None:
         ours, self.theirs = socket.socketpair()
-        self.wire = Wire(ours, timeout, None)
+        self.wire = Resp(ours, timeout, None)
         self._thread = threading.Thread(target=self._send, args=(data, cuts, close))
         self._thread.start()
 
@@ -36,7 +37,7 @@ class Peer:
         if close:
             self.theirs.shutdown(socket.SHUT_WR)
 
-    def __enter__(self) -> Wire:
+    def __enter__(self) -> Resp:
         return self.wire
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
-"""RESP over one socket, without a copy of what it carries: gathered writes, and reads straight into pages.
+"""Bytes over one socket without a copy of them: gathered writes, lines, and reads straight into pages.
 
-Belongs here: as much of the protocol as pages need (RESP2: https://redis.io/docs/latest/develop/reference/protocol-spec/).
-Does not belong here: connecting, authenticating, TLS (servers.py), or what a reply means.
+Belongs here: the socket and its time limits. Does not belong here: connecting, or a protocol (redis/resp.py,
+s3/http.py).
 
 A plain socket blocks in the kernel, with its own time limits (SO_RCVTIMEO), and is asked for a whole page at once
 (MSG_WAITALL): one call per page that holds no lock of Python's. TLS goes through OpenSSL, which copies.
@@ -14,13 +14,11 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _LINE = 4096
 _IOV = 512
-#: A value of another length than asked for is read past up to this size; beyond, the connection is given up.
-_SKIP = 16 << 20
 
 Part = bytes | bytearray | memoryview
 
@@ -33,37 +31,13 @@ class WireTimeout(WireError):
     """No answer in time: what arrives later belongs to nobody, so the connection is of no use either."""
 
 
-class ReplyError(Exception):
-    """The server's answer to one command is an error, as it says it: "OOM ...", "MOVED 3999 host:port"."""
-
-    @property
-    def kind(self) -> str:
-        return str(self).partition(" ")[0]
-
-
-def command(*words: str | bytes) -> bytes:
-    """One command with its arguments."""
-    return b"*%d\r\n" % len(words) + b"".join(map(_word, words))
-
-
-def command_around(before: Sequence[str], payload: int, after: Sequence[str] = ()) -> tuple[bytes, bytes]:
-    """A command with `payload` bytes among its arguments: what to send before and after those bytes."""
-    count = b"*%d\r\n" % (len(before) + 1 + len(after))
-    return count + b"".join(map(_word, before)) + b"$%d\r\n" % payload, b"\r\n" + b"".join(map(_word, after))
-
-
-def _word(word: str | bytes) -> bytes:
-    raw = word.encode() if isinstance(word, str) else word
-    return b"$%d\r\n%b\r\n" % (len(raw), raw)
-
-
 class Wire:
     """A connected, authenticated socket. timeout: seconds that one command's data or reply may take.
 
     owner: kept as long as the wire, and disconnected with it.
     """
 
-    def __init__(self, sock: socket.socket, timeout: float, owner: Any) -> None:
+    def __init__(self, sock: socket.socket, timeout: float, owner: Any = None) -> None:
         self._socket, self._timeout, self._owner = sock, timeout, owner
         self._tls = isinstance(sock, ssl.SSLSocket)
         if self._tls:
@@ -76,14 +50,17 @@ class Wire:
         self._raw = bytearray(_LINE)
         self._buffer = memoryview(self._raw)
         self._at = self._end = 0
-        self._tail = memoryview(bytearray(2))
         self.idle = False
         """Has lain unused since: the server may have closed it meanwhile."""
+
+    def deadline(self) -> float:
+        """For what is begun now: monotonic seconds."""
+        return time.monotonic() + self._timeout
 
     def send(self, parts: Sequence[Part]) -> None:
         """All of these bytes, from where they are. Raises WireError."""
         views = [memoryview(part).cast("B") for part in parts if len(part)]
-        deadline = time.monotonic() + self._timeout
+        deadline = self.deadline()
         with _as_wire_errors():
             if self._tls:
                 for view in views:
@@ -97,55 +74,8 @@ class Wire:
                     views[0] = views[0][sent:]
                     self._in_time(deadline)
 
-    def reply(self) -> int | bytes | ReplyError:
-        """The next reply, of a command that is answered by a status, a number or an error. Raises WireError."""
-        line = self._read_line(time.monotonic() + self._timeout)
-        match line[:1]:
-            case b":":
-                return _number(line)
-            case b"+":
-                return line[1:]
-            case b"-":
-                return ReplyError(line[1:].decode(errors="replace"))
-        raise WireError(f"an answer that begins with {line[:1]!r} where none such was due")
-
-    def value_into(self, buffers: Sequence[memoryview]) -> int | ReplyError:
-        """The next reply, a value: into the buffers if it has exactly their size. Raises WireError.
-
-        Its size; -1 where there is none. One of another size has been read past, and the buffers are untouched.
-        """
-        deadline = time.monotonic() + self._timeout
-        line = self._read_line(deadline)
-        if line[:1] == b"-":
-            return ReplyError(line[1:].decode(errors="replace"))
-        if line[:1] != b"$":
-            raise WireError(f"an answer that begins with {line[:1]!r} where a value was due")
-        size = _number(line)
-        if size == -1:
-            return -1
-        if size == sum(map(len, buffers)):
-            self._fill([*buffers, self._tail], deadline)
-        elif 0 <= size <= _SKIP:
-            self._fill([memoryview(bytearray(size)), self._tail], deadline)
-        else:
-            raise WireError(f"a value of {size} bytes where one of {sum(map(len, buffers))} was due")
-        if self._tail != b"\r\n":
-            raise WireError("a value without an end")
-        return size
-
-    def abort(self) -> None:
-        """From another thread: whoever waits here gets a WireError."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Nothing arrives in anybody's memory after this."""
-        with contextlib.suppress(OSError):
-            self._socket.close()
-        with contextlib.suppress(Exception):  # the client library's, on a socket that is gone
-            self._owner.disconnect()
-
-    def _read_line(self, deadline: float) -> bytes:
+    def line(self, deadline: float) -> bytes:
+        r"""The next line, which ends in \r\n, without that. Raises WireError."""
         seen = self._at
         while True:
             found = self._raw.find(b"\n", seen, self._end)
@@ -169,8 +99,8 @@ class Wire:
             self._end += got
             self._in_time(deadline)
 
-    def _fill(self, buffers: list[memoryview], deadline: float) -> None:
-        """These buffers, from what was read already and then from the socket."""
+    def fill(self, buffers: Sequence[memoryview], deadline: float) -> None:
+        """These buffers, from what was read already and then from the socket. Raises WireError."""
         left = [buffer for buffer in buffers if len(buffer)]
         while left and self._at < self._end:
             taken = min(len(left[0]), self._end - self._at)
@@ -186,27 +116,32 @@ class Wire:
                 else:
                     got = self._socket.recvmsg_into(left[:_IOV], 0, socket.MSG_WAITALL)[0]
             if not got:
-                raise WireError("the server closed the connection in the middle of a value")
+                raise WireError("the server closed the connection in the middle of an answer")
             while left and got >= len(left[0]):
                 got -= len(left.pop(0))
             if left:
                 left[0] = left[0][got:]
                 self._in_time(deadline)
 
+    def abort(self) -> None:
+        """From another thread: whoever waits here gets a WireError."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Nothing arrives in anybody's memory after this."""
+        with contextlib.suppress(OSError):
+            self._socket.close()
+        with contextlib.suppress(Exception):  # the client library's, on a socket that is gone
+            self._owner.disconnect()
+
     def _in_time(self, deadline: float) -> None:
         if time.monotonic() > deadline:
             raise WireTimeout(f"not done within {self._timeout} s")
 
 
-def _number(line: bytes) -> int:
-    try:
-        return int(line[1:])
-    except ValueError:
-        raise WireError(f"{line[1:21]!r} where a number was due") from None
-
-
 @contextlib.contextmanager
-def _as_wire_errors() -> Any:
+def _as_wire_errors() -> Iterator[None]:
     try:
         yield
     except (TimeoutError, BlockingIOError) as error:  # BlockingIOError: SO_RCVTIMEO ran out
