@@ -309,6 +309,9 @@ class Backend(ABC):
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     #: Whether `going` tells what will be evicted next; else no tier below can ask for those pages.
     foresees: ClassVar[bool] = False
+    #: Whether pages in memory that it was not told of (`register_memory`) cost it one more copy. The store tells such a
+    #: backend of the memory in which it keeps copies.
+    bounces: bool = False
     capabilities: Capabilities
 
     def __init__(self, options: BackendOptions, dispatcher: Dispatcher) -> None:
@@ -358,7 +361,7 @@ class Backend(ABC):
         raise NotImplementedError(f"{type(self).__name__} cannot clear a namespace")
 
     def register_memory(self, address: int, length: int) -> None:
-        """The caller's pool lies here: register it with the device or the server where that pays."""
+        """Pages will lie here until `close`: register it with the device or the server where that pays. May wait."""
 
     def on_residency(self, listener: ResidencyListener | None) -> None:
         """Who hears of stored and removed pages (None: nobody). Calls come on the dispatcher thread."""

@@ -104,8 +104,10 @@ class Behind:
         self._thread.join(max(0.0, until - time.monotonic()))
         with self._cond:
             self._cond.wait_for(lambda: not self._flying, max(0.0, until - time.monotonic()))
-            quiet = not self._flying
-        if quiet:
+
+    def free(self) -> None:
+        """Give its memory back to the machine, where nothing uses it any more. The tier is closed by then."""
+        if self.idle():
             self._budget.close()
 
     def _run(self) -> None:

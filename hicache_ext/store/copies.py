@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,13 +26,20 @@ class CopyBudget:
 
     Memory that comes back is kept for the next batch, within the same limit: making it anew costs a page fault for
     every page of it.
+
+    told: called with address and length of memory when it is new, by `take`, so it must not wait. Such memory is never
+    given back before `close`: who was told may have registered it. shared: other processes can map it.
     """
 
-    def __init__(self, most_bytes: int, most_pages: int | None = None) -> None:
+    def __init__(
+        self, most_bytes: int, most_pages: int | None = None, told: Callable[[int, int], None] | None = None,
+        shared: bool = False,
+    ) -> None:  # fmt: skip
         self.most_bytes, self.most_pages = most_bytes, most_pages
         self.bytes = self.pages = 0
+        self._told, self._shared = told, shared
         self._kept: dict[int, list[OwnedMemory]] = {}
-        self._kept_bytes = 0
+        self._kept_bytes = self._made_bytes = 0
         self._lock = threading.Lock()
 
     def take(self, batch: PageBatch) -> PageBatch | None:
@@ -48,20 +55,24 @@ class CopyBudget:
                 return None
             if self.most_pages is not None and self.pages + len(batch) > self.most_pages:
                 return None
+            memory = self._from_kept(room)
+            if memory is None:
+                if self._told is not None and self._made_bytes + room > self.most_bytes:
+                    return None  # the rest of it is in pieces that are too small
+                self._made_bytes += room
             self.bytes += size
             self.pages += len(batch)
-            kept = self._kept.get(room)
-            memory = kept.pop() if kept else None
-            if memory is not None:
-                self._kept_bytes -= room
         if memory is None:
             try:
-                memory = OwnedMemory(room)
+                memory = OwnedMemory(room, shared=self._shared)
             except (OSError, MemoryError):
                 with self._lock:
                     self.bytes -= size
                     self.pages -= len(batch)
+                    self._made_bytes -= room
                 return None
+            if self._told is not None:
+                self._told(memory.address, memory.size)
         return replace(batch, addresses=starts[:-1] + np.uint64(memory.address), owner=_Held(memory, size))
 
     def give(self, batch: PageBatch) -> None:
@@ -71,20 +82,33 @@ class CopyBudget:
         with self._lock:
             self.bytes -= held.size
             self.pages -= len(batch)
-            keep = self._kept_bytes + held.memory.size <= self.most_bytes // 4
+            keep = self._told is not None or self._kept_bytes + held.memory.size <= self.most_bytes // 4
             if keep:
                 self._kept_bytes += held.memory.size
                 self._kept.setdefault(held.memory.size, []).append(held.memory)
+            else:
+                self._made_bytes -= held.memory.size
         if not keep:
             held.memory.close()
 
     def close(self) -> None:
-        """Give the kept memory back to the machine."""
+        """Give the kept memory back to the machine. Who was told of it is closed by then."""
         with self._lock:
-            kept, self._kept, self._kept_bytes = self._kept, {}, 0
+            kept, self._kept = self._kept, {}
+            self._made_bytes -= self._kept_bytes
+            self._kept_bytes = 0
         for memories in kept.values():
             for memory in memories:
                 memory.close()
+
+    def _from_kept(self, room: int) -> OwnedMemory | None:
+        """Kept memory of this size, or of a larger one where it is kept for good."""
+        larger = [size for size, kept in self._kept.items() if kept and (size == room or (self._told and size > room))]
+        if not larger:
+            return None
+        memory = self._kept[min(larger)].pop()
+        self._kept_bytes -= memory.size
+        return memory
 
 
 class _Held:

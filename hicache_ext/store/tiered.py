@@ -19,10 +19,10 @@ import numpy as np
 from hicache_ext.config import Config
 from hicache_ext.page import Namespace
 from hicache_ext.store.behind import Behind
-from hicache_ext.store.copies import CopyBudget
 from hicache_ext.store.demotion import Demotion
 from hicache_ext.store.flights import Flights
 from hicache_ext.store.late import LateBackend
+from hicache_ext.store.registered import Registered
 from hicache_ext.store.staging import read_staged
 from hicache_ext.store.tier import Promotion, Recent, Tier, Writing
 from storage_backends.base import (
@@ -56,18 +56,24 @@ _TIME_TO_COPY = 0.05
 class TieredStore:
     """lookup, read and write over tiers in order, fast to slow. Thread-safe."""
 
-    def __init__(self, tiers: list[Tier], dispatcher: Dispatcher, behind_bytes: int = BEHIND_BYTES) -> None:
-        """behind_bytes: credits of each tier's background writes."""
+    def __init__(
+        self, tiers: list[Tier], dispatcher: Dispatcher, behind_bytes: int = BEHIND_BYTES, shared: bool = False
+    ) -> None:
+        """behind_bytes: credits of each tier's background writes. shared: copies are kept where other processes can map
+        them."""
         self.tiers = tiers
         self._dispatcher = dispatcher
         self._reading, self._writing = Flights(copies=True), Flights(copies=False)
         self._lock = threading.Lock()
-        self._staging = CopyBudget(STAGING_BYTES)
+        self._memory = Registered(tiers, shared)
+        self._staging = self._memory.budget(STAGING_BYTES)
         self._closed = False
         self._listener: StoreListener | None = None
         several = len(tiers) > 1
         # By tier. The first tier's takes promotions.
-        self.behind = [Behind(tier, CopyBudget(behind_bytes, _BEHIND_PAGES)) for tier in tiers] if several else []
+        self.behind = [
+            Behind(tier, self._memory.budget(behind_bytes, _BEHIND_PAGES, tier)) for tier in (tiers if several else [])
+        ]
         self._uses = Recent(_COUNTED_PAGES)
         self._copier = ThreadPoolExecutor(1, "hicache-copy") if several else None
         self._spaces: dict[bytes, Namespace] = {}
@@ -85,9 +91,11 @@ class TieredStore:
         """
         dispatcher = Dispatcher()
         tiers: list[Tier] = []
+        shared = False
         try:
             for i, chosen in enumerate(config.tiers):
                 backend_class, options = config.backend(i)
+                shared |= backend_class.shares_memory(options)
                 opening = partial(backend_class, options, dispatcher)
                 backend: Backend
                 try:
@@ -107,7 +115,7 @@ class TieredStore:
                 tier.backend.close()
             dispatcher.close()
             raise
-        return cls(tiers, dispatcher, int(config.background_bytes))
+        return cls(tiers, dispatcher, int(config.background_bytes), shared)
 
     # -- lookup --------------------------------------------------------------------------------------------------
 
@@ -437,6 +445,7 @@ class TieredStore:
                 return
             self._closed = True
         until = time.monotonic() + CLOSE_SECONDS
+        self._memory.close()
         for demotion in self._demotions:
             demotion.close()
         stoppers = [threading.Thread(target=behind.close, args=(until - 1,), daemon=True) for behind in self.behind]
@@ -448,5 +457,7 @@ class TieredStore:
                 thread.join(max(0.0, until - time.monotonic()))
         if self._copier is not None:
             self._copier.shutdown(wait=False)
+        for behind in self.behind:
+            behind.free()
         self._staging.close()
         self._dispatcher.close()

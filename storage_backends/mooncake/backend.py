@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,12 +47,15 @@ class MooncakeBackend(ObjectBackend):
 
     def __init__(self, options: MooncakeOptions, dispatcher: Dispatcher) -> None:
         super().__init__(options, dispatcher)
+        self.bounces = options.is_direct
         self._sealed = bool(options.seal_key_env or options.seal_key_file)
         self._window = Window(int(options.buffer), options.connections)
         self._parts: queue.SimpleQueue[Part] = queue.SimpleQueue()
         for number in range(options.connections):
             self._parts.put(self._window.part(number))
         self._regions: list[Region] = []
+        self._shared_with: Process | None = None
+        self._region_lock = threading.Lock()
         self._files = [self._window.region]
         self._client = Client(options, lanes=1 + options.connections + _OTHER_LANES, ready=self._ready)
         self._holder = Client(options, segment=int(options.segment)) if options.segment else None
@@ -71,18 +75,19 @@ class MooncakeBackend(ObjectBackend):
         """Memory that other processes can map is used as it is; pages in any other are copied on their way."""
         if not self.options.is_direct:
             return
-        known = {region.address for region in self._regions}
-        new = []
-        for region in shared_regions(address, length):
-            if region.address in known:
-                os.close(region.fd)
-            else:
-                new.append(region)
-        self._regions = [*self._regions, *new]
-        self._files += new
-        process = self._client.running()
-        if process is not None and new:
-            self._attempt("register", lambda: self._share(process, new))
+        with self._region_lock:
+            known = {region.address for region in self._regions}
+            new = []
+            for region in shared_regions(address, length):
+                if region.address in known:
+                    os.close(region.fd)
+                else:
+                    new.append(region)
+            self._regions += new
+            self._files += new
+            process = self._shared_with
+            if process is not None and process.alive() and new:
+                self._attempt("register", lambda: self._share(process, new))
 
     def sizes(self, names: list[str]) -> list[int]:
         codes = self._ask({"do": "sizes", "keys": names})
@@ -160,7 +165,9 @@ class MooncakeBackend(ObjectBackend):
     def _ready(self, process: Process) -> None:
         if process.share([self._window.region]):
             raise Unreachable("mooncake: it does not take the memory of `buffer`")
-        self._share(process, self._regions)
+        with self._region_lock:
+            self._share(process, self._regions)
+            self._shared_with = process
 
     def _share(self, process: Process, regions: list[Region]) -> None:
         refused = sum(region.length for region in process.share(regions))

@@ -87,6 +87,12 @@ class Stage:
     def mooncake_tier(self, **options: Any) -> dict[str, Any]:
         return {"type": "mooncake", **self._mooncake.options(**options)}
 
+    def first_tier(self) -> dict[str, Any]:
+        """Of the server when it starts: where Mooncake runs, it has the host pool placed so that a tier shares it."""
+        if self._host is None or find_spec("mooncake") is None:
+            return self.redis_tier(prefix="start")
+        return self.mooncake_tier(prefix="start", direct=True)
+
     def local_tier(self) -> dict[str, Any]:
         return {"type": "local", "path": self.folder(), "capacity": "256MiB"}
 
@@ -107,7 +113,7 @@ SETUPS = [
     Setup("memory", lambda _: [{"type": "memory", "capacity": "256MiB"}], kept=False),
     Setup("shared_fs", lambda stage: [{"type": "shared_fs", "path": stage.folder()}]),
     Setup("nixl", lambda stage: [{"type": "nixl", "path": stage.folder(), "capacity": "256MiB"}]),
-    Setup("mooncake", lambda stage: [stage.mooncake_tier(prefix="first")]),
+    Setup("mooncake", lambda stage: [stage.mooncake_tier(prefix="first", direct=True)]),
     Setup("nvme-redis", lambda stage: [stage.local_tier(), stage.redis_tier(prefix="second")]),
     Setup("nvme-s3", lambda stage: [stage.local_tier(), stage.s3_tier()]),
     Setup("nvme-mooncake", lambda stage: [stage.local_tier(), stage.mooncake_tier(prefix="second")]),
@@ -132,7 +138,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.fixture(scope="module")
 def client(stage: Stage) -> Iterator[Client]:
-    server = stage.place.server("tiers", dict(CREDENTIALS), tiers=[stage.redis_tier(prefix="start")])
+    server = stage.place.server("tiers", dict(CREDENTIALS), tiers=[stage.first_tier()])
     for client in serve(server):
         for name, ids in PROMPTS.items():
             stage.truth[name], cached = client.ask(ids)

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hicache_ext.config import Config
+from hicache_ext.store import TieredStore
 from storage_backends.base import Backend, Dispatcher, Outcome
 from storage_backends.buffers import OwnedMemory
 from tests import pages
@@ -318,6 +320,42 @@ def _runs_mooncake(pid: int) -> bool:
             return b"mooncake/process.py" in words.read()
     except OSError:
         return False
+
+
+def test_what_the_store_copies_is_not_copied_once_more(network: Network, server: MooncakeServer) -> None:
+    """Background writes, and reads with a deadline: Mooncake's process uses the store's own memory as it is."""
+    tiers = [{"type": "memory", "capacity": "64MiB"}, {"type": "mooncake", **server.options(direct=True, timeout=20)}]
+    store = TieredStore.open(Config.load({"tiers": tiers}))
+
+    def ways() -> tuple[Any, Any]:
+        stats = store.stats()["mooncake"]
+        return stats["direct"], stats["copied"]
+
+    def write(name: str) -> None:
+        keys = chain(name, len(KEYS))
+        assert store.write(HostPool(SPACE, len(keys)).write_batch(keys)).result(60) == HITS
+        assert store.settled(60)
+
+    def until_nothing_is_copied(work: Callable[[str], None]) -> None:
+        """New memory is made known in the background, so not at once."""
+        deadline, turn, before = time.monotonic() + 60, 0, (0, -1)
+        while before[1] != ways()[1]:
+            assert time.monotonic() < deadline, store.stats()
+            before, turn = ways(), turn + 1
+            work(str(turn))
+            assert sum(ways()) == sum(before) + len(KEYS)
+
+    def read(_: str) -> None:
+        store.tiers[0].backend.clear([SPACE])
+        pool = HostPool(SPACE, len(KEYS))
+        pool.poison()
+        assert store.read(pool.batch(chain("1", len(KEYS))), time.monotonic() + 60).result(60) == HITS
+        assert all(pool.right(page, key) for page, key in enumerate(chain("1", len(KEYS))))
+        assert store.settled(60)
+
+    until_nothing_is_copied(write)
+    until_nothing_is_copied(read)
+    store.close()
 
 
 # ---- room

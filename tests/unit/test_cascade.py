@@ -415,6 +415,23 @@ def test_copies_are_counted_and_memory_is_used_again() -> None:
     assert two.addresses[0] == address
 
 
+def test_memory_that_somebody_was_told_of_is_kept_and_bounded() -> None:
+    told: list[tuple[int, int]] = []
+    budget = CopyBudget(8 << 20, told=lambda address, size: told.append((address, size)))
+    large, small = (HostPool(namespace((size,)), 2) for size in (1 << 20, 4096))
+    two = [budget.take(large.batch(chain(name, 2))) for name in "ab"]
+    assert [size for _, size in told] == [2 << 20, 2 << 20]
+    for batch in two:
+        assert batch is not None
+        budget.give(batch)
+    again = [budget.take(pool.batch(chain(name, 2))) for pool, name in ((small, "c"), (large, "d"), (small, "e"))]
+    assert len(told) == 3, "what is there is used first"
+    assert all(batch is not None for batch in again)
+    tall = HostPool(namespace((1 << 20,)), 4)
+    assert budget.take(tall.batch(chain("f", 4))) is None, "6 of 8 MiB are made already"
+    assert (budget.bytes, len(told)) == ((2 << 20) + 4 * 4096, 3)
+
+
 def test_a_completion_that_never_comes_does_not_stop_the_close() -> None:
     class Stuck(DictionaryBackend):
         def write(self, batch: PageBatch) -> Completion:
