@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,12 @@ from storage_backends.base import (
     PageBatch,
     Residency,
 )
+from storage_backends.buffers import OwnedMemory
 from storage_backends.local import LocalBackend
 from storage_backends.memory import MemoryBackend
 from storage_backends.registry import backend_class
 from storage_backends.shared_fs import SharedFsBackend
+from tests import pages
 from tests.devices import blank_device
 from tests.dictionary import DictionaryBackend
 from tests.dying import neighbours_that_die
@@ -100,29 +103,56 @@ def _redis(through: Callable[[int], Proxy] | None = None, **more: object) -> Cal
     return open_redis
 
 
-def _s3(_: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 0) -> Backend:
-    from tests.s3_server import CREDENTIALS, s3_server
+def _s3(through: Callable[[int], Proxy] | None = None) -> Callable[..., Backend]:
+    def open_s3(_: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 0) -> Backend:
+        from tests.s3_server import CREDENTIALS, s3_server
 
-    server = s3_server()
-    patch = stack.enter_context(pytest.MonkeyPatch.context())
-    for name, value in CREDENTIALS.items():
-        patch.setenv(name, value)
-    from storage_backends.s3 import S3Backend
+        server = s3_server()
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        from storage_backends.s3 import S3Backend
 
-    where = {"endpoint": f"http://127.0.0.1:{server.port}", "allow_http": True, "bucket": server.bucket()}
-    return S3Backend(S3Backend.Options.model_validate({**where, "timeout": 60}), dispatcher)
+        port = server.port if through is None else stack.enter_context(through(server.port)).port
+        where = {"endpoint": f"http://127.0.0.1:{port}", "allow_http": True, "bucket": server.bucket()}
+        return S3Backend(S3Backend.Options.model_validate({**where, "timeout": 60}), dispatcher)
+
+    return open_s3
 
 
-def _mooncake(_: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 0) -> Backend:
-    from storage_backends.mooncake import MooncakeBackend
+def _mooncake(direct: bool) -> Callable[..., Backend]:
+    def open_mooncake(_: Path, stack: ExitStack, dispatcher: Dispatcher, capacity: int = 0) -> Backend:
+        from storage_backends.mooncake import MooncakeBackend
 
-    if capacity:
-        server = MooncakeServer(stack.enter_context(Network(1)).hosts[0], max(16 << 20, capacity))
-    else:
-        server = mooncake_server()
-    stack.enter_context(server.host.inside())
-    options = server.options(prefix=f"test-{uuid.uuid4().hex[:12]}")
-    return MooncakeBackend(MooncakeBackend.Options.model_validate(options), dispatcher)
+        class Registering(MooncakeBackend):
+            """Registers the memory of every batch when it comes first, as an engine does with its pools."""
+
+            def read(self, batch: PageBatch) -> Completion:
+                return super().read(self._registered_first(batch))
+
+            def write(self, batch: PageBatch) -> Completion:
+                return super().write(self._registered_first(batch))
+
+            def _registered_first(self, batch: PageBatch) -> PageBatch:
+                if batch.owner not in kept:
+                    kept.append(batch.owner)
+                    self.register_memory(batch.owner.address, batch.owner.size)
+                return batch
+
+        kept: list[object] = []
+        if direct:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(pages, "OwnedMemory", partial(OwnedMemory, shared=True))
+        if capacity:
+            server = MooncakeServer(stack.enter_context(Network(1)).hosts[0], max(16 << 20, capacity))
+        else:
+            server = mooncake_server()
+        stack.enter_context(server.host.inside())
+        options = server.options(prefix=f"test-{uuid.uuid4().hex[:12]}", direct=direct)
+        kind = Registering if direct else MooncakeBackend
+        return kind(MooncakeBackend.Options.model_validate(options), dispatcher)
+
+    return open_mooncake
 
 
 def _shared_fs(faults: dict[str, object] | None = None, **more: object) -> Callable[..., Backend]:
@@ -207,8 +237,10 @@ BACKENDS = {
     "redis": _redis(),
     "redis-in-pieces": _redis(lambda port: Proxy(port, piece=1500)),
     "redis-sealed": _redis(seal_key_env="HICACHE_EXT_TEST_KEY"),
-    "s3": _s3,
-    "mooncake": _mooncake,
+    "s3": _s3(),
+    "s3-in-pieces": _s3(lambda port: Proxy(port, piece=1500)),
+    "mooncake": _mooncake(direct=False),
+    "mooncake-registered": _mooncake(direct=True),
     "shared-fs": _shared_fs(),
     "shared-fs-late": _shared_fs({"read": [LATE], "write": [LATE]}),
     "shared-fs-buffered": _shared_fs(direct=False),
