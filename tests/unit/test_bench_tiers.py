@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from io import StringIO
 from pathlib import Path
@@ -222,8 +223,11 @@ def test_a_cascade_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
-    tiers = [{"type": "memory"}, {"type": "redis", "url": "redis://127.0.0.1:1", "timeout": 1}]
-    code, told, text = run(tmp_path, tiers, "--tier", "memory", "--tier", "redis")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"redis://127.0.0.1:{nobody.getsockname()[1]}"
+        tiers = [{"type": "memory"}, {"type": "redis", "url": url, "timeout": 1}]
+        code, told, text = run(tmp_path, tiers, "--tier", "memory", "--tier", "redis")
     assert code == 1
     assert {row["tier"] for row in told["rows"]} == {"checksums", "memory"}
     assert "redis, 64 KiB: ours: write: a page ended as FAILED" in told["failed"][0]
