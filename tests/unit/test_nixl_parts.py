@@ -164,6 +164,7 @@ def test_what_was_used_longest_ago_makes_room(rooms: Rooms, tmp_path: Path) -> N
     room = rooms(8 * MIB, gone.append)
     for i in range(8):
         assert put(room, tmp_path, f"{i}", age=100 - i)
+        looked(room)  # one that passed meanwhile may have counted it twice
     os.utime(tmp_path / "0")  # used again
     for i in range(8, 11):
         looked(room)
