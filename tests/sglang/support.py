@@ -129,7 +129,8 @@ def round_trip(found: rig.Rig, tokens: list[int] = TOKENS, seed: int = 1, **key:
     sequence = found.key(tokens, **key)
     content, hashes = found.backup(sequence, seed)
     assert len(hashes) == len(tokens) // rig.PAGE
-    assert found.prefetch(sequence) == content
+    arrived = found.prefetch(sequence)
+    assert arrived == content, (len(arrived), len(content), found.adapter.details())
 
 
 def current(found: rig.Rig) -> Any:
