@@ -1,5 +1,5 @@
 // The Python module hicache_ext._native: argument checks and the release of the GIL, nothing else.
-// The index, the region of shared memory and the header scan have their own module.cpp.
+// The index, the region of shared memory, the header scan and runs of slots have their own module.cpp.
 //
 // Memory comes in as addresses and lengths, so that one build serves every torch and numpy version;
 // whoever calls keeps the memory alive until the call returns.
@@ -16,6 +16,7 @@
 #include "index/module.hpp"
 #include "memory/module.hpp"
 #include "scan/module.hpp"
+#include "slots/module.hpp"
 
 namespace nb = nanobind;
 
@@ -113,5 +114,6 @@ NB_MODULE(_native, m) {
     hicache::index::bind(m);
     hicache::memory::bind(m);
     hicache::scan::bind(m);
+    hicache::slots::bind(m);
     m.def("native_info", &native_info, "What this build holds and what this CPU runs.");
 }

@@ -72,7 +72,10 @@ class PlainFiles(InThreads):
 
 
 class SharedFsYardstick(Yardstick):
-    """The tier gets a directory of its own beside the user's, on the same share."""
+    """The tier gets a directory of its own beside the user's, on the same share. Nothing is removed between rounds: the
+    tier would remove files in the background of the next one."""
+
+    keeps = True
 
     def apart(self, options: Options, token: str, size: int) -> Options:
         path = Path(options["path"])

@@ -36,11 +36,12 @@ from storage_backends.base import (
     PageBatch,
     ResidencyListener,
 )
-from storage_backends.format import SlotHeaders, SlotShape
 from storage_backends.memory.ahead import Ahead
 from storage_backends.memory.region import Memory, SharedMemory, make_private, make_shared
 from storage_backends.memory.sharers import Sharers
 from storage_backends.memory.told import Told
+from storage_backends.slot_form import SlotForm, span
+from storage_backends.slot_form import keys as packed
 
 try:
     from hicache_ext import _native
@@ -121,7 +122,7 @@ class MemoryBackend(Backend):
             persistent=False, shared=bool(options.region), max_page_bytes=self._region.largest_page,
             medium="EXTERNAL", knows=True,
         )  # fmt: skip
-        self._forms: dict[bytes, _Form] = {}
+        self._forms: dict[bytes, SlotForm] = {}
         self._told = Told(self.report, self._look)
         self._counts = {"stored": 0, "present": 0, "rejected": 0, "errors": 0}
         self._lock = threading.Lock()
@@ -272,7 +273,7 @@ class MemoryBackend(Backend):
             self._pool.submit(self._run, move, form, batch, first, min(first + step, len(batch)), completion)
         return completion
 
-    def _run(self, move: Any, form: _Form, batch: PageBatch, first: int, last: int, completion: Completion) -> None:
+    def _run(self, move: Any, form: SlotForm, batch: PageBatch, first: int, last: int, completion: Completion) -> None:
         pages = range(first, last)
         region = self._region
         if completion.cancelled.is_set() or self._closing.is_set() or region is None:
@@ -288,8 +289,9 @@ class MemoryBackend(Backend):
             outcomes = [Outcome.FAILED] * len(pages)
         completion.settle_many(pages, outcomes)
 
-    def _read(self, region: Any, form: _Form, batch: PageBatch, pages: range, verdicts: np.ndarray) -> None:
-        keys, addresses = form.part(batch, pages)
+    def _read(self, region: Any, form: SlotForm, batch: PageBatch, pages: range, verdicts: np.ndarray) -> None:
+        part = span(pages)
+        keys, addresses = packed(batch.keys, part), form.addresses(batch, part)
         region.read(
             batch.namespace.digest, form.shape.header_bytes, form.lengths, keys, addresses, batch.used, verdicts
         )
@@ -301,9 +303,11 @@ class MemoryBackend(Backend):
             )
             self._told.sweep(region.changes())
 
-    def _write(self, region: Any, form: _Form, batch: PageBatch, pages: range, verdicts: np.ndarray) -> None:
-        keys, addresses = form.part(batch, pages)
-        headers = form.headers(batch, pages)
+    def _write(self, region: Any, form: SlotForm, batch: PageBatch, pages: range, verdicts: np.ndarray) -> None:
+        part = span(pages)
+        keys, addresses = packed(batch.keys, part), form.addresses(batch, part)
+        headers = np.empty((len(pages), form.shape.header_bytes), np.uint8)
+        form.headers(batch, part, headers)
         digest = batch.namespace.digest
         region.write(digest, form.shape.header_bytes, form.lengths, keys, addresses, headers, verdicts)
         self._ahead.look()
@@ -322,12 +326,12 @@ class MemoryBackend(Backend):
             region.lookup(digest, keys, used, found)
         return found
 
-    def _form(self, namespace: Namespace) -> _Form:
+    def _form(self, namespace: Namespace) -> SlotForm:
         form = self._forms.get(namespace.digest)
         if form is None:
             if len(self._forms) >= _FORMS:
                 self._forms.clear()
-            form = self._forms[namespace.digest] = _Form(namespace)
+            form = self._forms[namespace.digest] = SlotForm(namespace)
         return form
 
     def _sweep_for_ever(self) -> None:
@@ -344,45 +348,6 @@ class MemoryBackend(Backend):
         if kind not in self._said:
             self._said.add(kind)
             logger.warning(message + " (said once; stats have the count)", *values)
-
-
-class _Form:
-    """What the pages of one namespace share."""
-
-    def __init__(self, namespace: Namespace) -> None:
-        self.namespace = namespace
-        self.shape = SlotShape.of_namespace(namespace)
-        self.lengths = np.array(namespace.layout.buffer_lengths, np.uint64)
-        self._templates: dict[tuple[int | None, str, str], SlotHeaders] = {}
-
-    def check(self, batch: PageBatch) -> None:
-        """ValueError when the batch's buffers are not its namespace's: a mistake that would cut or mix pages."""
-        if not np.array_equal(batch.lengths, np.tile(self.lengths, len(batch))):
-            raise ValueError(f"the batch's buffers are not those of its namespace, {self.lengths.tolist()} per page")
-
-    def part(self, batch: PageBatch, pages: range) -> tuple[bytes, np.ndarray]:
-        """Keys of these pages, and the addresses of their buffers (uint64)."""
-        each = len(self.lengths)
-        keys = batch.keys[pages.start * KEY_BYTES : pages.stop * KEY_BYTES]
-        return keys, np.ascontiguousarray(batch.addresses[pages.start * each : pages.stop * each])
-
-    def headers(self, batch: PageBatch, pages: range) -> np.ndarray:
-        """uint8[n, header bytes], checksums 0."""
-        cut, keys = slice(pages.start, pages.stop), slice(pages.start * KEY_BYTES, pages.stop * KEY_BYTES)
-        tokens = None if batch.tokens is None else batch.tokens[cut]
-        kind = (None if tokens is None else tokens.shape[1], batch.salt, batch.lora)
-        template = self._templates.get(kind)
-        if template is None:
-            if len(self._templates) >= _FORMS:
-                self._templates.clear()
-            template = self._templates[kind] = SlotHeaders(self.namespace, self.shape, *kind)
-        rows = np.empty((len(pages), self.shape.header_bytes), np.uint8)
-        template.write(
-            rows, np.arange(len(pages)), batch.keys[keys], None if batch.parents is None else batch.parents[keys],
-            np.zeros(len(pages), np.uint64), time.time_ns(), tokens,
-            None if batch.event_hashes is None else batch.event_hashes[cut],
-        )  # fmt: skip
-        return rows
 
 
 def _format(options: MemoryOptions, memory: Memory) -> None:

@@ -48,9 +48,10 @@ from storage_backends.shared_fs.cleaner import Cleaner
 from storage_backends.shared_fs.directory import buckets
 from storage_backends.shared_fs.discovery import Discovery
 from storage_backends.shared_fs.files import OpenFiles
+from storage_backends.shared_fs.native_slots import slots_for
 from storage_backends.shared_fs.options import SharedFsOptions
 from storage_backends.shared_fs.share import GONE, Share
-from storage_backends.shared_fs.slots import Slots, runs
+from storage_backends.shared_fs.slots import Slots, Written, runs
 from storage_backends.shared_fs.workers import Job, Workers
 from storage_backends.shared_fs.writing import OpenSegment, SegmentWriter
 
@@ -227,12 +228,12 @@ class SharedFsBackend(Backend):
         if completion.cancelled.is_set() or self._closing.is_set():
             completion.settle_many(pages, [Outcome.TIMEOUT] * len(pages))
             return
-        outcomes: list[Outcome] = []
         try:
             with self._files.reading(segment) as fd, self._share.call():
-                moved, outcomes = slots.read(fd, batch, pages, first, self._alignment())
-            if moved < 0:
-                raise OSError(-moved, os.strerror(-moved))
+                outcomes, errors = slots.read(fd, batch, pages, first, self._alignment())
+            for code in set(errors) - {0}:
+                failed = self._read_failed(OSError(code, os.strerror(code)), segment, errors.count(code))
+                outcomes = [failed if one == code else outcome for outcome, one in zip(outcomes, errors, strict=True)]
         except OSError as error:
             outcomes = [self._read_failed(error, segment, len(pages))] * len(pages)
         bad = [batch.key(page) for page, outcome in zip(pages, outcomes, strict=True) if outcome == Outcome.CORRUPT]
@@ -265,38 +266,40 @@ class SharedFsBackend(Backend):
                 if self._share.problem:
                     self._share.prepare()
                 current, first, count = self._writer.reserve(slots, len(pages))
-                stored = self._write_run(slots, batch, pages[:count], current, first)
-                done, pages = pages[:count], pages[count:]
-                self._count("stored", stored)
-                self._count("bytes_written", count * slots.slot_bytes)
-                completion.settle_many(done, [Outcome.HIT] * count)
+                written = self._write_run(slots, batch, pages[:count], current, first)
+                done, pages = pages[: written.pages], pages[written.pages :]
+                self._count("bytes_written", len(done) * slots.slot_bytes)
+                completion.settle_many(done, [Outcome.HIT] * len(done))
+                if written.error:
+                    raise OSError(written.error, os.strerror(written.error))
             if self._writes.good():
                 logger.info("shared_fs %s: takes writes again", self.options.path)
         except OSError as error:
             outcome = self._write_failed(error)
             completion.settle_many(pages, [outcome] * len(pages))
 
-    def _write_run(self, slots: Slots, batch: PageBatch, pages: list[int], current: OpenSegment, first: int) -> int:
-        """How many pages were new. OSError when they could not be written, or their segment not be finished."""
+    def _write_run(self, slots: Slots, batch: PageBatch, pages: list[int], current: OpenSegment, first: int) -> Written:
+        """OSError when their segment could not be finished: then none of them is there."""
         entries: dict[int, tuple[bytes, bytes]] = {}
-        stored: list[bytes] = []
-        moved = -errno.EIO
+        written = Written(0, errno.EIO)
         try:
             with self._share.call():
-                moved = slots.write(current.fd, batch, pages, first, self._alignment())
-            if moved == slots.slot_bytes * len(pages):
-                there = [(batch.key(page), first + i) for i, page in enumerate(pages)]
+                current.allocate(first + len(pages))
+                written = slots.write(current.fd, batch, pages, first, self._alignment())
+            if written.pages:
+                there = pages[: written.pages]
                 notes = batch.notes
-                stored = self._catalog.store(current.segment, there, None if notes is None else notes.only(pages))
+                stored = self._catalog.store(
+                    current.segment, [(batch.key(page), first + i) for i, page in enumerate(there)],
+                    None if notes is None else notes.only(there),
+                )  # fmt: skip
+                self._count("stored", len(stored))
                 entries = {
-                    first + i: (batch.key(page), batch.parent(page) or NO_PARENT) for i, page in enumerate(pages)
+                    first + i: (batch.key(page), batch.parent(page) or NO_PARENT) for i, page in enumerate(there)
                 }
         finally:
-            self._writer.land(current, entries, bool(entries))
-        if not entries:
-            code = -moved if moved < 0 else errno.EIO
-            raise OSError(code, os.strerror(code))
-        return len(stored)
+            self._writer.land(current, entries, written.error == 0)
+        return written
 
     def _write_failed(self, error: OSError) -> Outcome:
         if error.errno in _FULL:
@@ -373,7 +376,7 @@ class SharedFsBackend(Backend):
         if found is None:
             if len(self._slots) > 256:
                 self._slots.clear()
-            found = self._slots[namespace.digest] = Slots(self._formats.of(namespace), self._sealed)
+            found = self._slots[namespace.digest] = slots_for(self._formats.of(namespace), self._sealed)
         return found
 
     def _alignment(self) -> int:

@@ -1,13 +1,15 @@
 """Pages to and from the slots of a segment: several neighbours in one vectored call, straight from and to their memory.
 
-Belongs here: sizes, arrays of buffers, copies where memory or page do not fit direct I/O. Does not belong here: which
-slots, files, or what follows from an outcome.
+Belongs here: sizes, arrays of buffers, copies where memory or page do not fit direct I/O, sealed pages. Does not belong
+here: compiled code (native_slots.py; this is its reference), which slots, files, or what follows from an outcome.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import threading
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from storage_backends.vectored import IOV_MAX, move
 _RUN_BYTES = 8 << 20
 
 
-class _Scratch(threading.local):
+class ScratchMemory(threading.local):
     """Memory of one thread: headers, or whole slots."""
 
     memory: OwnedMemory | None = None
@@ -33,8 +35,15 @@ class _Scratch(threading.local):
         return self.memory
 
 
-_scratch = _Scratch()
-_zeroes = OwnedMemory(BLOCK)
+_scratch = ScratchMemory()
+zeroes = OwnedMemory(BLOCK)
+
+
+class Written(NamedTuple):
+    """pages: that are in the file, whole, from the first one on. error: errno of what stopped the others, or 0."""
+
+    pages: int
+    error: int
 
 
 class Slots:
@@ -53,14 +62,15 @@ class Slots:
         by_buffers = IOV_MAX // (len(self._lengths) + 2)
         return max(1, min(by_bytes, by_buffers, -(-pages // threads)))
 
-    def write(self, fd: int, batch: PageBatch, pages: list[int], slot: int, alignment: int) -> int:
-        """These pages into slots `slot`...; bytes moved, or -errno."""
+    def write(self, fd: int, batch: PageBatch, pages: list[int], slot: int, alignment: int) -> Written:
+        """These pages into slots `slot`..."""
         head_bytes, size = self.form.head_bytes, self.slot_bytes
         if self._fits(batch, alignment):
             memory = _scratch.of(head_bytes * len(pages))
             rows = np.frombuffer(memory.view, np.uint8, head_bytes * len(pages)).reshape(len(pages), head_bytes)
             self.form.headers(batch, pages, rows)
-            return move(fd, slot * size, self._direct(memory.address, batch, pages, _zeroes.address), True)
+            moved = move(fd, slot * size, self._direct(memory.address, batch, pages, zeroes.address), True)
+            return self._written(moved, len(pages))
         memory = _scratch.of(size * len(pages))
         for i, page in enumerate(pages):
             head, buffers = self.form.prepare(batch, page)
@@ -70,10 +80,13 @@ class Slots:
                 memory.view[at : at + len(part)] = part
                 at += len(part)
             memory.view[at : (i + 1) * size] = bytes((i + 1) * size - at)
-        return move(fd, slot * size, np.array([[memory.address, size * len(pages)]], np.uint64), True)
+        moved = move(fd, slot * size, np.array([[memory.address, size * len(pages)]], np.uint64), True)
+        return self._written(moved, len(pages))
 
-    def read(self, fd: int, batch: PageBatch, pages: list[int], slot: int, alignment: int) -> tuple[int, list[Outcome]]:
-        """Slots `slot`... into these pages: bytes moved, and HIT or CORRUPT for each page; or -errno, and nothing."""
+    def read(
+        self, fd: int, batch: PageBatch, pages: list[int], slot: int, alignment: int
+    ) -> tuple[list[Outcome], list[int]]:
+        """Slots `slot`... into these pages: HIT or CORRUPT for each, and an errno or 0 for each, which comes first."""
         head_bytes, size = self.form.head_bytes, self.slot_bytes
         straight = self._fits(batch, alignment)
         if straight:
@@ -85,7 +98,7 @@ class Slots:
             iov = np.array([[memory.address, size * len(pages)]], np.uint64)
         moved = move(fd, slot * size, iov, False)
         if moved < 0:
-            return moved, []
+            return [Outcome.CORRUPT] * len(pages), [-moved] * len(pages)
         whole = min(len(pages), (moved + self._pad) // size)  # the file may end before
         outcomes = []
         if straight and whole:
@@ -97,7 +110,13 @@ class Slots:
                 self._copy_out(batch, page, memory.address + i * size + head_bytes)
                 head = bytearray(memory.view[i * size : i * size + head_bytes])
                 outcomes.append(self.form.verify(batch, page, head))
-        return moved, outcomes + [Outcome.CORRUPT] * (len(pages) - whole)
+        return outcomes + [Outcome.CORRUPT] * (len(pages) - whole), [0] * len(pages)
+
+    def _written(self, moved: int, pages: int) -> Written:
+        if moved < 0:
+            return Written(0, -moved)
+        whole = moved // self.slot_bytes
+        return Written(whole, 0 if whole == pages else errno.EIO)
 
     def _fits(self, batch: PageBatch, alignment: int) -> bool:
         """Whether the batch's pages can move without a copy."""

@@ -13,6 +13,7 @@ crash of the server itself loses, without `fsync`, fails its checksums and is a 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import threading
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from storage_backends.buffers import OwnedMemory
+from storage_backends.format import round_up
 from storage_backends.shared_fs.catalog import Catalog, Segment
 from storage_backends.shared_fs.directory import bucket_of
 from storage_backends.shared_fs.segment import ID_BYTES, TEMPORARY, SegmentIndex
@@ -31,6 +33,11 @@ from storage_backends.shared_fs.slots import Slots
 from storage_backends.vectored import move
 
 _ATTEMPTS = 4
+
+
+#: Bytes of a file for which the share is asked at once, where it can be.
+_STEP_BYTES = 32 << 20
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class OpenSegment:
@@ -42,11 +49,34 @@ class OpenSegment:
         self.sealed = False
         self.entries: dict[int, tuple[bytes, bytes]] = {}
         self.began = time.monotonic()
+        self._allocated = 0
+        self._allocating: threading.Lock | None = threading.Lock()
 
     @property
     def coming(self) -> int:
         """Bytes that it will have and the file may not have yet."""
-        return ((self.taken if self.sealed else self.room) - len(self.entries)) * self.slots.slot_bytes
+        size = self.slots.slot_bytes
+        there = max(len(self.entries) * size, self._allocated)
+        return max(0, (self.taken if self.sealed else self.room) * size - there)
+
+    def allocate(self, slots: int) -> None:
+        """Have the share find room for so many slots before they are written: several threads may then write to the
+        file at once, where a file that grows takes one at a time. What cannot be had is left to the writes. Blocks."""
+        lock, size = self._allocating, self.slots.slot_bytes
+        if lock is None or slots * size <= self._allocated:
+            return
+        with lock:
+            if slots * size <= self._allocated:
+                return
+            end = min(self.room * size, round_up(slots * size, _STEP_BYTES))
+            more = end - self._allocated
+            space = os.fstatvfs(self.fd)
+            # Not on a share that is nearly full: others may need what this file may not.
+            plenty = space.f_bavail * space.f_frsize > 4 * more
+            if plenty and not _libc.fallocate(self.fd, 0, ctypes.c_int64(self._allocated), ctypes.c_int64(more)):
+                self._allocated = end
+            else:
+                self._allocating = None
 
 
 class SegmentWriter:
