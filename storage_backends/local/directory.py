@@ -298,8 +298,11 @@ class Directory:
     def _clear_abandoned(self, folder: Folder, namespaces: set[bytes]) -> None:
         log = LogWriter(folder.path / NAME)
         for number in extent_numbers(folder.path):
-            extent = folder.extent(number)
-            if extent is not None and extent.header.namespace in namespaces:
+            try:
+                namespace = self.files.header(folder.path, number).namespace
+            except (FormatError, OSError):
+                continue
+            if namespace in namespaces:
                 self.files.retire(folder.path, number)
                 log.append([Record(Kind.EXTENT_GONE, number, time_ns=time.time_ns())])
         log.close()

@@ -22,7 +22,7 @@ from storage_backends.local.device import Device, home_of
 from storage_backends.local.directory import FOLDERS, Directory
 from storage_backends.local.engine import IoEngine, open_engine
 from storage_backends.local.extents import Extent, ExtentFiles
-from storage_backends.local.folder import YIELD_SECONDS
+from storage_backends.local.folder import YIELD_SECONDS, Folder
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.rules import Rules
 from storage_backends.local.slots import CancelFlag, SlotIo, slot_engine
@@ -115,11 +115,17 @@ class Disk:
         return io
 
     def extent(self, folder_number: int, number: int) -> Extent | None:
+        """One that is open."""
         writer = self.directory.writer
         if writer is not None and folder_number == writer.number:
             return writer.extents.get(number)
         folder = self.directory.folders.get(folder_number)
-        return None if folder is None else folder.extent(number)
+        return None if folder is None else folder.extents.get(number)
+
+    def unopened(self, folder_number: int, number: int) -> Folder | None:
+        """The folder of another writer's extent that nobody has opened yet."""
+        folder = self.directory.folders.get(folder_number)
+        return None if folder is None or number in folder.extents else folder
 
     # -- health --------------------------------------------------------------------------------------------------
 

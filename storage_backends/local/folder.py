@@ -111,23 +111,19 @@ class Folder:
         self._forgetting = False
         return True
 
-    def extent(self, number: int) -> Extent | None:
-        """The extent, opened if need be; None when it is gone or not readable as one (its pages are then misses)."""
-        found = self.extents.get(number)
-        if found is None:
-            try:
-                found = self.files.open(self.path, number, write=False)
-            except FormatError as error:
+    def open(self, number: int) -> Extent | None:
+        """An extent of which a page is read for the first time; None when it is gone or not readable as one (its pages
+        are then misses). Needs no lock, and may take long. It is the caller's until it is in `extents`."""
+        try:
+            return self.files.open(self.path, number, write=False)
+        except FormatError as error:
+            logger.warning("%s: %s; its pages count as misses", extent_path(self.path, number), error)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                self.lost.add(number)
+            else:
                 logger.warning("%s: %s; its pages count as misses", extent_path(self.path, number), error)
-                return None
-            except OSError as error:
-                if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                    self.lost.add(number)
-                else:
-                    logger.warning("%s: %s; its pages count as misses", extent_path(self.path, number), error)
-                return None
-            self.extents[number] = found
-        return found
+        return None
 
     def namespaces(self) -> dict[bytes, int]:
         """Extents per namespace, from the headers on disk: what this folder is for, log or no log.

@@ -77,6 +77,9 @@ class News:
         """Report a slice of this namespace's pages that nobody has reported; whether there may be more."""
         with self._tier.lock:
             pages = self._next(namespace)
+            unopened = self._tier.unopened((page.folder, page.extent) for page in pages)
+        self._tier.open(unopened)
+        with self._tier.lock:
             held = self._hold(pages)
         try:
             headers = [

@@ -18,6 +18,7 @@ from storage_backends.local.directory import FOLDERS
 from storage_backends.local.disk import Disk
 from storage_backends.local.extents import Extent
 from storage_backends.local.flights import begin_all
+from storage_backends.local.folder import Folder
 from storage_backends.local.headers import Found, found_in
 from storage_backends.local.index import Pinned
 from storage_backends.local.slots import CancelFlag, SlotGroup, Verdict
@@ -55,14 +56,19 @@ class Reads:
             tier.expiry.meet(batch.namespace)
             held = tier.index.pin(batch.namespace.digest, batch.keys, batch.parents, batch.used)
             known = len(held.pages) == len(batch) or tier.several
-            if known:
-                held, flights = self._prepare(completion, held)
-            else:
+            if not known:
                 tier.index.unpin(held.handles)
+            elif not (unopened := self._unopened(held)):
+                held, flights = self._prepare(completion, held)
         if not known:  # what other writers stored is looked for only when something is missing
             tier.disks.refresh()
             with tier.lock:
                 held = tier.index.pin(batch.namespace.digest, batch.keys, batch.parents, batch.used)
+                if not (unopened := self._unopened(held)):
+                    held, flights = self._prepare(completion, held)
+        if unopened:
+            tier.open(unopened)
+            with tier.lock:
                 held, flights = self._prepare(completion, held)
         if len(held.pages) < len(batch):
             missing = list(set(range(len(batch))).difference(held.pages))
@@ -90,6 +96,9 @@ class Reads:
             flight.disk.flying -= len(places)
             self._unpin(flight, places, {})
         flight.completion.settle_many(flight.held.pages, [Outcome.MISS] * len(places))
+
+    def _unopened(self, held: Pinned) -> list[tuple[Folder, int]]:
+        return self._tier.unopened(zip(held.folders, held.extents, strict=True))
 
     def _prepare(self, completion: Completion, held: Pinned) -> tuple[Pinned, list[_Flight]]:
         """The pages whose extents are there, by disk."""
@@ -158,10 +167,10 @@ class Reads:
         if not good:
             # The log says that they are gone before their slots are cleared: a kill leaves nothing that it names.
             self._tier.writers.flush()
+            for place, outcome in zip(places, outcomes, strict=True):
+                if outcome == Outcome.CORRUPT and flight.held.own[place]:
+                    self._tier.erase(flight.extents[place], flight.held.slots[place])
             with self._tier.lock:
-                for place, outcome in zip(places, outcomes, strict=True):
-                    if outcome == Outcome.CORRUPT and flight.held.own[place]:
-                        self._tier.erase(flight.extents[place], flight.held.slots[place])
                 self._unpin(flight, places, others)
         flight.completion.settle_many([flight.held.pages[place] for place in places], outcomes)
 

@@ -31,6 +31,7 @@ import logging
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from typing import Protocol
 
 from storage_backends.base import Completion, Dispatcher, Notes, Residency
@@ -40,6 +41,7 @@ from storage_backends.local.disk import Around
 from storage_backends.local.disks import Disks
 from storage_backends.local.expiry import Expiry
 from storage_backends.local.extents import Extent
+from storage_backends.local.folder import Folder
 from storage_backends.local.index import Page
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.options import LocalOptions
@@ -49,6 +51,10 @@ from storage_backends.local.writer import Writer
 from storage_backends.local.writers import Writers
 
 logger = logging.getLogger(__name__)
+
+
+Place = tuple[int, int]
+"""An extent: folder and number."""
 
 
 class Report(Protocol):
@@ -89,8 +95,34 @@ class Tier:
         return completion, cancelled
 
     def extent(self, folder: int, number: int) -> Extent | None:
+        """One that is open; the others `unopened` names."""
         disk = self.disks.of(folder)
         return None if disk is None else disk.extent(folder, number)
+
+    def unopened(self, places: Iterable[Place]) -> list[tuple[Folder, int]]:
+        """Which of these extents, told by folder and number, nobody has opened yet: other writers'."""
+        found = []
+        for folder, number in set(places):
+            disk = self.disks.of(folder)
+            owner = None if disk is None else disk.unopened(folder, number)
+            if owner is not None:
+                found.append((owner, number))
+        return found
+
+    def open(self, extents: list[tuple[Folder, int]]) -> None:
+        """Open what `unopened` found. Call without the lock: a disk may take its time."""
+        opened = [(folder, number, folder.open(number)) for folder, number in extents]
+        with self.lock:
+            for folder, number, extent in opened:
+                if extent is None:
+                    continue
+                disk = self.disks.of(folder.number)
+                # What was given up meanwhile must not be held open, nor what somebody else opened too.
+                wanted = disk is not None and disk.directory.folders.get(folder.number) is folder
+                if wanted and number not in folder.extents and len(self.index.used_slots(folder.number, number)):
+                    folder.extents[number] = extent
+                else:
+                    extent.doom()
 
     def drop(self, page: Page, reason: str) -> None:
         """Stop serving a page. Another writer's page is only forgotten here: its slot is not ours to free."""
@@ -110,7 +142,8 @@ class Tier:
             self.report(Residency.REMOVED, namespace, b"".join(gone))
 
     def erase(self, extent: Extent, slot: int) -> None:
-        """Overwrite a slot's header, so that no later scan takes the page in again. The caller has it pinned."""
+        """Overwrite a slot's header, so that no later scan takes the page in again. The caller has the extent pinned,
+        and does without the lock: this waits for the device."""
         try:
             if not extent.doomed:
                 os.pwrite(extent.fd, self._zeroes.view, extent.offset(slot))

@@ -15,6 +15,7 @@ from storage_backends.base import Outcome
 from storage_backends.local import LocalBackend, disk, disks, recovery, writers
 from storage_backends.local.directory import FOLDERS
 from storage_backends.local.extents import ExtentFiles
+from storage_backends.local.tier import Tier
 from tests import pages
 from tests.fuse import fuse_disk
 from tests.pages import HostPool, chain, key_batch, namespace
@@ -214,3 +215,76 @@ def test_a_disk_that_hangs_altogether_keeps_nobody_from_the_other(
         for done in pending:
             done.result(20)
         backend.close()
+
+
+def test_another_writers_extent_is_opened_beside_everything_else(
+    tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first read of it waits for the disk; lookups, writes and reads of what is open do not."""
+    one, two = tier(tmp_path / "tier"), tier(tmp_path / "tier")
+    store(one, chain("a", 8))
+    store(two, chain("b", 8))
+    assert found(two, chain("a", 8)) == 8
+    gate = Gate(monkeypatch, ExtentFiles, "open", lambda _, folder, number, write: folder.name == "w0")
+    outcomes: list[Outcome] = []
+    readers = [threading.Thread(target=lambda: outcomes.extend(served(two, chain("a", 8)))) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    assert gate.entered.wait(10)
+    assert two.lookup_local(key_batch(SPACE, chain("a", 8))).tolist() == [1] * 8
+    assert served(two, chain("b", 8)) == [Outcome.HIT] * 8
+    assert store(two, chain("c", 8)) == [Outcome.HIT] * 8
+    assert not outcomes
+    gate.opened.set()
+    for reader in readers:
+        reader.join(20)
+    assert outcomes == [Outcome.HIT] * 24
+    (there,) = [folder for folder in two._disks.in_use[0].directory.folders.values() if folder.path.name == "w0"]
+    assert len(there.extents) == 1, "of three that opened it two let go of it"
+
+
+def test_an_extent_that_goes_while_it_is_opened_is_not_kept(
+    tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tier(tmp_path / "tier"), tier(tmp_path / "tier")
+    store(one, chain("a", 8))
+    assert found(two, chain("a", 8)) == 8
+    opened: list[int] = []
+    kept = ExtentFiles.open
+
+    def open_late(files: ExtentFiles, folder: Path, number: int, write: bool) -> Any:
+        extent = kept(files, folder, number, write)
+        opened.append(extent.fd)
+        one.clear([SPACE])
+        assert found(two, chain("a", 8)) == 0
+        return extent
+
+    monkeypatch.setattr(ExtentFiles, "open", open_late)
+    assert served(two, chain("a", 8)) == [Outcome.MISS] * 8
+    assert len(opened) == 1
+    assert not [folder for folder in two._disks.in_use[0].directory.folders.values() if folder.extents]
+    monkeypatch.undo()
+    assert store(two, chain("a", 8)) == [Outcome.HIT] * 8
+    assert served(two, chain("a", 8)) == [Outcome.HIT] * 8
+
+
+def test_a_damaged_slot_is_cleared_beside_everything_else(
+    tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = tier(tmp_path / "tier")
+    store(backend, chain("a", 8))
+    (extent,) = (tmp_path / "tier").rglob("*.ext")
+    with extent.open("r+b", buffering=0) as file:
+        file.seek(4096 + 4096 + 100)
+        file.write(b"\xff" * 16)
+    gate = Gate(monkeypatch, Tier, "erase")
+    outcomes: list[Outcome] = []
+    reader = threading.Thread(target=lambda: outcomes.extend(served(backend, chain("a", 8))))
+    reader.start()
+    assert gate.entered.wait(10)
+    assert backend.lookup_local(key_batch(SPACE, chain("a", 8))).sum() == 7
+    assert store(backend, chain("a", 8)) == [Outcome.HIT] * 8, "and its slot is nobody's meanwhile"
+    gate.opened.set()
+    reader.join(20)
+    assert sorted(outcomes) == sorted([Outcome.HIT] * 7 + [Outcome.CORRUPT])
+    assert served(backend, chain("a", 8)) == [Outcome.HIT] * 8
