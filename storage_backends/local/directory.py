@@ -202,24 +202,12 @@ class Directory:
             self._crowded_until = time.monotonic() + _CROWDED_SECONDS
         return writer.plan(namespace, shape, share, most)
 
-    def grow(self, namespace: Namespace, shape: SlotShape) -> bool:
-        """Add a small extent now, in a caller's time; whether there was room. OSError when it could not be made.
+    def plan_for_now(self, namespace: Namespace, shape: SlotShape) -> ExtentHeader | None:
+        """As `plan`, of a small extent that a write makes itself.
 
-        Not while the disk is slow to make or delete files: nobody waits for that but supply.py.
+        None while the disk is slow to make or delete files: nobody waits for that but supply.py.
         """
-        writer = self.writer
-        assert writer is not None
-        if time.monotonic() > self.slow_from:
-            return False
-        header = self.plan(namespace, shape, _IN_A_WRITE)
-        if header is None:
-            return False
-        try:
-            writer.made(writer.create(header))
-        except OSError as error:
-            writer.unmade(header, error)
-            raise
-        return True
+        return None if time.monotonic() > self.slow_from else self.plan(namespace, shape, _IN_A_WRITE)
 
     def want(self, namespace: Namespace, shape: SlotShape) -> None:
         """This namespace runs short of free slots: somebody should see to it before it has none."""

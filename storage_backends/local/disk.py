@@ -60,7 +60,8 @@ class Disk:
 
     gone: the directory is no longer there. out: why the disk is out of use ("": it is not); it does not come back, but
     another Disk may take its place. flying: pages on their way. answered: when one of them last ended, seen: when the
-    directory was last looked after (monotonic seconds). errors: transfers that failed.
+    directory was last looked after (monotonic seconds). making: extents that writes make now. errors: transfers that
+    failed.
     """
 
     def __init__(self, number: int, path: Path, capacity: int, around: Around, seconds: float | None) -> None:
@@ -95,7 +96,7 @@ class Disk:
         self.supply = Supply(self.directory, around.index, self._lock)
         self.gone = False
         self.out = ""
-        self.flying = self.errors = 0
+        self.flying = self.making = self.errors = 0
         self.answered = self.seen = time.monotonic()
         self._failures = 0
         self._ios: dict[tuple[tuple[int, ...], int], SlotIo] = {}
@@ -215,7 +216,10 @@ class Disk:
         quiet = self.engine.close(until - time.monotonic())
         for thread in (self.supply.thread, *self.upkeep.threads):
             thread.join(max(0.0, until - time.monotonic()))
+        while self.making and time.monotonic() < until:
+            time.sleep(YIELD_SECONDS)
         with self._lock:
+            quiet = quiet and not self.making
             self.directory.close(quiet)
             claim = self.supply.claiming
             if claim is not None and claim.writer is not None:

@@ -183,7 +183,7 @@ class Disks:
                 elif not disk.out:
                     disk.maintain()
                     self._tidy()
-                elif bay.emptied and not disk.flying:
+                elif bay.emptied and not disk.flying and not disk.making:
                     disk.close(time.monotonic() + 1.0)
                     bay.disk, bay.past_errors = None, bay.errors
                     bay.wait(time.monotonic())

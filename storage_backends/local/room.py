@@ -4,11 +4,12 @@ Belongs here: the order of the means, whether a page is worth one, and what no p
 slots and extents come and go (writer.py), on which disk (writers.py), which page goes first (policy/), or moving bytes
 (writes.py).
 
-The means, in order: a free slot, a new extent, a slot in which the scan after a start may yet find a page, an extent of
-a colder namespace that has more, own pages, an extent of the coldest other namespace, an extent of a folder without a
-writer. Extents of others are taken over as they are; most are there before they are needed (supply.py). From the fourth
-on something goes that may be asked for again, so a page must be worth it (admission) and of use: its parent must be
-here to stay, since an engine uses a page only with all its ancestors, and none of its ancestors may go for it.
+The means, in order: a free slot, a slot in which the scan after a start may yet find a page, an extent of a colder
+namespace that has more, own pages, an extent of the coldest other namespace, an extent of a folder without a writer.
+Extents of others are taken over as they are. New ones are made before this is asked: ahead of need (supply.py), or by
+the write itself, without the tier's lock (writes.py). From the third on something goes that may be asked for again, so
+a page must be worth it (admission) and of use: its parent must be here to stay, since an engine uses a page only with
+all its ancestors, and none of its ancestors may go for it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Grant:
     """What a batch got: parts, each with its pages ascending.
 
     refused: the other pages, ascending, each with why: "admission", "unreachable" (its parent is refused),
-    "pinned_full" (its namespace gives up nothing), "no_room", "starting" (no disk has answered yet).
+    "pinned_full" (its namespace gives up nothing), "no_room", "starting" (no disk has answered yet, or the tier is
+    being closed).
     error: why no room could be made for them, when a device said so.
     """
 
@@ -149,13 +151,16 @@ class Room:
         self._coming: dict[bytes, dict[bytes, bytes]] = {}
 
     def allocate(
-        self, batch: KeyBatch, pages: list[int], shape: SlotShape, admit: Callable[[int], bool] | None
-    ) -> Grant:
+        self, batch: KeyBatch, pages: list[int], shape: SlotShape, admit: Callable[[int], bool] | None,
+        problem: OSError | None = None,
+    ) -> Grant:  # fmt: skip
         """Slots for these pages of the batch, ascending. admit: whether a page is worth what goes for it (None: each
-        is); asked once for each page, and only when something must go."""
+        is); asked once for each page, and only when something must go. problem: why no extent could be made for them
+        (Writers.make), when a device said so."""
         space = batch.namespace
         rule = self._rules.of(space.digest, space.description)
         request = _Request(batch, pages, admit, rule.pin)
+        request.grant.error = problem
         try:
             request.starting = not self._writers.ready()
             if not request.starting:
@@ -181,7 +186,7 @@ class Room:
         namespace = request.batch.namespace
         larger = True
         while True:
-            self._fill(request, namespace, shape)
+            self._fill(request, namespace.digest)
             self._judge(request)
             count = len(request.left)
             request.short |= bool(count or request.stranded)
@@ -198,19 +203,11 @@ class Room:
                 continue
             return
 
-    def _fill(self, request: _Request, namespace: Namespace, shape: SlotShape) -> None:
+    def _fill(self, request: _Request, namespace: bytes) -> None:
         """What costs nobody anything."""
-        more = True
-        while request.left and more:
-            more = False
-            if request.grant.error is None:
-                try:
-                    more = self._writers.grow(namespace, shape, request.keys)
-                except OSError as error:
-                    request.grant.error = error
-            request.take(self._writers.take(namespace.digest, request.keys))
-        if request.left:
-            request.take(self._writers.take(namespace.digest, request.keys, unread=True))
+        for unread in (False, True):
+            if request.left:
+                request.take(self._writers.take(namespace, request.keys, unread))
 
     def _judge(self, request: _Request) -> None:
         """Set aside the pages for which nothing may go."""

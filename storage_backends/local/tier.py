@@ -18,7 +18,7 @@ What is counted (`stats`), pages unless said otherwise:
     rejected_no_room     nothing could go for them
     rejected_unreachable whose parent was rejected
     rejected_pinned_full of a pinned namespace that fills its room
-    rejected_starting    that came before any disk had answered
+    rejected_starting    that came before any disk had answered, or while the tier was being closed
     rejected_cleared     whose namespace was cleared while they were being written
     io_errors            reads and writes that failed, of pages or for want of an extent
     pages_direct, pages_bounced   moved straight from or to the caller's memory, or through a buffer of ours

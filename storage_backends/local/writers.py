@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hicache_ext.page import KEY_BYTES, Namespace
-from storage_backends.format import SlotShape
+from storage_backends.format import ExtentHeader, SlotShape
 from storage_backends.local.claim import Claim, adopt
 from storage_backends.local.disk import Disk
 from storage_backends.local.disks import Disks
@@ -43,8 +43,17 @@ class Spot(NamedTuple):
     generation: int
 
 
+class Planned(NamedTuple):
+    """An extent that is to be made; its bytes count as held."""
+
+    disk: Disk
+    writer: Writer
+    header: ExtentHeader
+
+
 class Writers:
-    """Not thread-safe, but for `claim`: the tier's lock is around it. claiming: held while folders become ours."""
+    """Not thread-safe, but for `claim` and `make`: the tier's lock is around it. claiming: held while folders become
+    ours."""
 
     def __init__(
         self, index: AnyIndex, disks: Disks, peers: dict[int, Writer], removed: Callable[[list[Page], str], None]
@@ -94,10 +103,11 @@ class Writers:
                 disk.upkeep.claimed(writer)
 
     def ready(self) -> bool:
-        """Whether there is a writer; False while one is on its way. OSError when there is none."""
+        """Whether there is a writer; False while one is on its way, or the tier is being closed. OSError when there is
+        none."""
         if self._members():
             return True
-        if any(disk.supply.claiming is not None for disk in self._disks.in_use):
+        if any(disk.supply.claiming is not None or disk.stopping.is_set() for disk in self._disks.in_use):
             return False
         if self._unclaimed():
             raise self._problem
@@ -128,42 +138,59 @@ class Writers:
             sources.append(iter([Spot(disk, *p, number) for p, number in zip(places, generations, strict=True)]))
         return [next(sources[at]) for at in chosen]
 
-    def grow(self, namespace: Namespace, shape: SlotShape, keys: bytes) -> bool:
-        """See that slots are free where these keys want them, or else anywhere; whether any is.
-
-        OSError when no extent could be added though one was wanted, and not for a full disk.
-        """
+    def plan(self, namespace: Namespace, shape: SlotShape, keys: bytes, failed: set[Disk]) -> list[Planned]:
+        """Extents without which there are no free slots where these keys want them, or else anywhere: one on a disk at
+        the most, so call again when they are made. `make` must follow. failed: disks that are not asked."""
         members = self._members()
         wanted = Counter(self._preferred(members, keys))
         free = [writer.free_count(namespace.digest, False) for _, writer in members]
-        grown, problems = False, list[OSError]()
+        able = [at for at, (disk, _) in enumerate(members) if disk not in failed]
+        planned: list[Planned] = []
 
-        def grow(at: int) -> bool:
-            nonlocal grown
+        def add(at: int) -> None:
             disk, writer = members[at]
             try:
-                if not disk.directory.grow(namespace, shape):
-                    return False
+                header = disk.directory.plan_for_now(namespace, shape)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    problems.append(error)
-                    disk.failed(error.errno or errno.EIO)
-                return False
-            grown = True
-            free[at] = writer.free_count(namespace.digest, False)
-            return True
+                failed.add(disk)
+                disk.failed(error.errno or errno.EIO)
+                return
+            if header is not None:
+                disk.making += 1
+                planned.append(Planned(disk, writer, header))
 
-        able = list(range(len(members)))
         for at in able:
-            # On one disk an extent is filled before the next is made: what no log names yet is overwritten last.
-            while free[at] < (wanted[at] if len(members) > 1 else 1) and grow(at):
-                pass
-        while not sum(free) and able:
-            if not grow(able[0]):
-                del able[0]
-        if problems and not grown:
-            raise problems[0]
-        return sum(free) > 0
+            if free[at] < wanted[at]:
+                add(at)
+        for at in able:
+            if planned or sum(free) >= wanted.total():
+                break
+            add(at)
+        return planned
+
+    def make(self, planned: list[Planned], failed: set[Disk], lock: threading.RLock) -> OSError | None:
+        """Make these extents; what the first that could not be made died of, unless the disk is full. Call without the
+        lock: it may take long. failed: gets the disks on which one could not be made."""
+        problem: OSError | None = None
+        for disk, writer, header in planned:
+            try:
+                extent = writer.create(header)
+            except OSError as error:
+                failed.add(disk)
+                with lock:
+                    disk.making -= 1
+                    writer.unmade(header, error)
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        problem = problem or error
+                        disk.failed(error.errno or errno.EIO)
+                continue
+            with lock:
+                disk.making -= 1
+                if disk.stopping.is_set() or disk.directory.writer is not writer:
+                    extent.doom()  # an empty extent, for whoever comes next
+                else:
+                    writer.made(extent)
+        return problem
 
     def loose(self) -> set[bytes]:
         """Namespaces with extents that may go."""
@@ -236,7 +263,7 @@ class Writers:
         return [
             (disk, disk.directory.writer)
             for disk in self._disks.in_use
-            if disk.directory.writer is not None and not disk.gone and not disk.out
+            if disk.directory.writer is not None and not disk.gone and not disk.out and not disk.stopping.is_set()
         ]
 
     @staticmethod

@@ -63,20 +63,28 @@ class Writes:
         shape = SlotShape.of_namespace(batch.namespace)
         tier.writers.claim(digest, tier.lock)
         tier.disks.refresh()  # what another writer has is not written twice
-        with tier.lock:
-            tier.expiry.meet(batch.namespace)
-            # Links parents, touches the chain.
-            found = tier.index.lookup(digest, batch.keys, batch.parents, False).tolist()
-            wanted = [page for page, there in enumerate(found) if not there]
-            known = [page for page, there in enumerate(found) if there]
-            grant = Grant()
-            if wanted:
-                asks = tier.options.admission != "always"
-                admit = partial(self._admit, batch, shape.slot_bytes) if asks else None
-                grant = self._room.allocate(batch, wanted, shape, admit)
-            refused = self._refusals(grant)
-            for part in grant.parts:
-                part.disk.begun(len(part.pages))
+        asks = tier.options.admission != "always"
+        admit = partial(self._admit, batch, shape.slot_bytes) if asks else None
+        failed: set[Disk] = set()
+        problem: OSError | None = None
+        while True:
+            with tier.lock:
+                tier.expiry.meet(batch.namespace)
+                # Links parents, touches the chain.
+                found = tier.index.lookup(digest, batch.keys, batch.parents, False).tolist()
+                wanted = [page for page, there in enumerate(found) if not there]
+                planned = []
+                if wanted:
+                    planned = tier.writers.plan(batch.namespace, shape, rows(batch.keys, wanted), failed)
+                if not planned:
+                    grant = self._room.allocate(batch, wanted, shape, admit, problem) if wanted else Grant()
+                    refused = self._refusals(grant)
+                    for part in grant.parts:
+                        part.disk.begun(len(part.pages))
+                    break
+            # Nobody's lookup waits for a file to be made.
+            problem = tier.writers.make(planned, failed, tier.lock) or problem
+        known = [page for page, there in enumerate(found) if there]
         completion.settle_many(known, _HIT * len(known))
         completion.settle_many([page for page, _ in grant.refused], refused)
         if not tier.several:

@@ -288,3 +288,59 @@ def test_a_damaged_slot_is_cleared_beside_everything_else(
     reader.join(20)
     assert sorted(outcomes) == sorted([Outcome.HIT] * 7 + [Outcome.CORRUPT])
     assert served(backend, chain("a", 8)) == [Outcome.HIT] * 8
+
+
+def test_an_extent_is_made_beside_everything_else(tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that needs one waits for its file; lookups, reads and a write that needs none do not."""
+    backend = tier(tmp_path / "tier")
+    store(backend, chain("a", 40))
+    other = namespace((16384,), model="model-b")
+    gate = Gate(monkeypatch, ExtentFiles, "create", lambda _, folder, header: header.namespace == other.digest)
+    outcomes: list[Outcome] = []
+
+    def write() -> None:
+        outcomes.extend(backend.write(HostPool(other, 8).write_batch(chain("b", 8))).result(30))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert gate.entered.wait(10)
+    assert backend.lookup_local(key_batch(SPACE, chain("a", 40))).sum() == 40
+    assert served(backend, chain("a", 40)) == [Outcome.HIT] * 40
+    assert store(backend, chain("c", 8)) == [Outcome.HIT] * 8
+    assert not outcomes
+    gate.opened.set()
+    writer.join(20)
+    assert outcomes == [Outcome.HIT] * 8
+    assert pages.served(backend, other, chain("b", 8), 5) == [Outcome.HIT] * 8
+
+
+def test_a_close_waits_for_an_extent_that_a_write_makes(
+    tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is nobody else's before that."""
+    backend = tier(tmp_path / "tier")
+    store(backend, chain("a", 8))
+    other = namespace((16384,), model="model-b")
+    gate = Gate(monkeypatch, ExtentFiles, "create", lambda _, folder, header: header.namespace == other.digest)
+    outcomes: list[Outcome] = []
+
+    def write() -> None:
+        outcomes.extend(backend.write(HostPool(other, 8).write_batch(chain("b", 8))).result(30))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert gate.entered.wait(10)
+    closer = threading.Thread(target=backend.close)
+    closer.start()
+    closer.join(0.3)
+    assert closer.is_alive()
+    gate.opened.set()
+    closer.join(20)
+    writer.join(20)
+    assert not closer.is_alive()
+    assert outcomes == [Outcome.REJECTED] * 8
+    monkeypatch.undo()
+    again = tier(tmp_path / "tier")
+    assert store(again, chain("c", 8)) == [Outcome.HIT] * 8
+    assert served(again, chain("a", 8)) == [Outcome.HIT] * 8
+    assert [path.name for path in (tmp_path / "tier").glob("w*")] == ["w0"]
