@@ -22,6 +22,7 @@ import pytest
 from storage_backends.base import Dispatcher, Outcome
 from storage_backends.format import BLOCK, ExtentHeader, SlotHeader, SlotShape
 from storage_backends.local import LocalBackend, files
+from storage_backends.local.extents import extent_number
 from storage_backends.local.recovery import HeaderScan
 from storage_backends.local.residency import RECORD_BYTES, Kind, LogReader, Record
 from tests import pages
@@ -414,7 +415,9 @@ def test_an_extent_deleted_under_a_stopped_server(tier: Open, tmp_path: Path, lo
     assert hits(again, keys) == len(others)
     again.close()
     reader = LogReader(log)
-    assert [record.extent for record in reader.read() if record.kind == Kind.EXTENT_GONE] == [0]
+    assert [record.extent for record in reader.read() if record.kind == Kind.EXTENT_GONE] == [
+        extent_number(extent.name)
+    ]
     reader.close()
     assert len(resident(tier(capacity=16 * MIB), keys)) == len(others)
 
