@@ -40,7 +40,13 @@ def extend(
     first: number of the first of these pages in its sequence. extra: bytes by page number in the sequence.
     Raises OverflowError for a token id that is no u32.
     """
-    raw = array(_TOKEN, tokens).tobytes()
+    return extend_raw(before, array(_TOKEN, tokens).tobytes(), page_size, first, extra)
+
+
+def extend_raw(
+    before: bytes, raw: bytes, page_size: int, first: int = 0, extra: Mapping[int, bytes] = _NO_EXTRA
+) -> bytes:
+    """As extend, of tokens that are u32le already."""
     width = page_size * 4
     keys = []
     for page in range(len(raw) // width):

@@ -101,6 +101,10 @@ class Config(BaseModel):
     model: ModelConfig = ModelConfig()
     salt: str = ""
     """Keeps this server's pages apart from others' with another salt."""
+    share: Literal["engine", "engines"] = "engine"
+    """Whose pages these are: this engine's, as it lays them out, or canonical ones that SGLang and vLLM both read."""
+    share_page: int = Field(default=64, ge=1, le=4096)
+    """With `share: engines`, the tokens of a page: a multiple or a whole part of each engine's own page or block."""
     host_huge_pages: bool = True
     """SGLang's host pool in huge pages, prefaulted (with the plugin, when our backend is on the command line)."""
     background_bytes: ByteSize = Field(default=ByteSize(512 << 20), ge=1 << 20)

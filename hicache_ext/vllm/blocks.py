@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_backends.base import PageBatch
+from hicache_ext.page import Namespace, chain_parents
+from hicache_ext.store.copies import CopyBudget, copy_pages
+from hicache_ext.vllm.pages import Pages
+from storage_backends.base import Outcome, PageBatch
 
 
 class UnsupportedLayout(RuntimeError):
@@ -45,6 +48,26 @@ class Blocks:
             space, keys, parents, addresses.ravel(), np.tile(self.lengths, len(chosen)),
             np.arange(0, addresses.size + 1, width, dtype=np.int64), self.owner,
         )  # fmt: skip
+
+    def incoming(self, space: Namespace, pages: Pages) -> PageBatch | None:
+        """Where pages are to be read into: the blocks themselves."""
+        return self.batch(space, pages.keys, chain_parents(pages.keys, pages.parent), pages.blocks)
+
+    def arrived(self, pages: Pages, batch: PageBatch, outcomes: Sequence[int]) -> list[int]:
+        """The pages have their outcomes. Blocks that did not get their page."""
+        return [block for block, outcome in zip(pages.blocks, outcomes, strict=True) if outcome != Outcome.HIT]
+
+    def release(self, batch: PageBatch) -> None:
+        """Of `incoming`: nothing uses it any more."""
+
+    def outgoing(self, space: Namespace, pages: Pages, budget: CopyBudget) -> PageBatch | None:
+        """A copy of the pages in memory of the budget's; None where there is no room."""
+        batch = self.batch(space, pages.keys, chain_parents(pages.keys, pages.parent), pages.blocks)
+        copy = budget.take(batch)
+        if copy is not None:
+            every = list(range(len(batch)))
+            copy_pages(batch, every, copy, every)
+        return copy
 
 
 def blocks_of(tensors: Mapping[str, Any], layers: Sequence[str], count: int) -> Blocks:

@@ -18,12 +18,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from hicache_ext import fingerprint
-from hicache_ext.page import PageLayout
-from hicache_ext.vllm import identity, stores, versions
-from hicache_ext.vllm.blocks import UnsupportedLayout, blocks_of
+from hicache_ext.page import Namespace, PageLayout
+from hicache_ext.vllm import identity, sharing, stores, versions
+from hicache_ext.vllm.blocks import Blocks, UnsupportedLayout, blocks_of
 from hicache_ext.vllm.metadata import StepMetadata, WorkerMetadata
 from hicache_ext.vllm.scheduler import SchedulerHalf
 from hicache_ext.vllm.settings import Settings
+from hicache_ext.vllm.sharing import SharedBlocks
 from hicache_ext.vllm.stats import PromStats, Stats
 from hicache_ext.vllm.worker import WorkerHalf
 
@@ -62,10 +63,44 @@ class HiCacheConnector(KVConnectorBase_V1):
     # ---- worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        config, cache = self._vllm_config, self._kv_cache_config
+        config = self._vllm_config
         device = str(next(iter(kv_caches.values())).device.type)
         if device != "cpu":
             raise UnsupportedLayout(f"hicache_ext: KV blocks on {device} are not supported yet, only a CPU's")
+        from vllm.distributed import get_pp_group, get_tp_group
+
+        rank = identity.rank_of(config, get_tp_group().rank_in_group, get_pp_group().rank_in_group)
+        blocks, space = self._shared(kv_caches, rank) or self._own(kv_caches, device, rank)
+        self._worker = WorkerHalf(self._settings, self._store, blocks, space, rank.writes)
+        layout = space.layout
+        logger.info(
+            "hicache_ext: tiers %s, pages of %s tokens and %s bytes in %s pieces, namespace %s",
+            [tier.label for tier in self._settings.config.tiers], layout.page_size, layout.payload_bytes,
+            len(layout.buffer_lengths), space.digest.hex(),
+        )  # fmt: skip
+
+    def _shared(self, kv_caches: dict[str, Any], rank: identity.Rank) -> tuple[SharedBlocks, Namespace] | None:
+        """Canonical pages where they are wanted and can be; else None, and why not is said once."""
+        settings, config = self._settings.config, self._vllm_config
+        if settings.share != "engines":
+            return None
+        layers = config.compilation_config.static_forward_context
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        tensors = {name: kv_caches[name] for name in self._layers}
+        try:
+            found = sharing.shared(settings, config, spec, tensors, layers, rank.tp_rank)
+        except sharing.Unshared as reason:
+            logger.warning("hicache_ext: `share: engines` does not hold here: %s. Pages are this engine's own", reason)
+            return None
+        logger.info(
+            "hicache_ext: pages are shared with other engines, %s tokens each; those with images, other multimodal "
+            "inputs or LoRA adapters with vLLM only", settings.share_page,
+        )  # fmt: skip
+        return found
+
+    def _own(self, kv_caches: dict[str, Any], device: str, rank: identity.Rank) -> tuple[Blocks, Namespace]:
+        """Blocks as vLLM has them."""
+        config, cache = self._vllm_config, self._kv_cache_config
         blocks = blocks_of(kv_caches, self._layers, cache.num_blocks)
         first = kv_caches[self._layers[0]]
         layers = config.compilation_config.static_forward_context
@@ -82,16 +117,7 @@ class HiCacheConnector(KVConnectorBase_V1):
                 ("shape", str(tuple(first.shape[1:]))),
             ),
         )
-        from vllm.distributed import get_pp_group, get_tp_group
-
-        rank = identity.rank_of(config, get_tp_group().rank_in_group, get_pp_group().rank_in_group)
-        space = identity.namespace(self._settings.config, config, layout, rank)
-        self._worker = WorkerHalf(self._settings, self._store, blocks, space, rank.writes)
-        logger.info(
-            "hicache_ext: tiers %s, pages of %s tokens and %s bytes in %s pieces, namespace %s",
-            [tier.label for tier in self._settings.config.tiers], self._page_size, layout.payload_bytes,
-            len(blocks.lengths), space.digest.hex(),
-        )  # fmt: skip
+        return blocks, identity.namespace(self._settings.config, config, layout, rank)
 
     def get_handshake_metadata(self) -> WorkerMetadata | None:
         return None if self._worker is None else WorkerMetadata(self._worker.space)

@@ -10,18 +10,7 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
 from hicache_ext.page import Namespace
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Pages of one request, a run of its chain. keys: n x 32 bytes. parent: the page before, empty where there is none.
-    blocks: n block numbers.
-    """
-
-    request: str
-    keys: bytes
-    parent: bytes
-    blocks: tuple[int, ...]
+from hicache_ext.vllm.pages import Pages
 
 
 @dataclass

@@ -21,7 +21,8 @@ from hicache_ext.store.tier import Recent
 from hicache_ext.vllm.chains import Adapters, RequestChain
 from hicache_ext.vllm.identity import at_epoch
 from hicache_ext.vllm.lookups import Lookups
-from hicache_ext.vllm.metadata import Pages, StepMetadata
+from hicache_ext.vllm.metadata import StepMetadata
+from hicache_ext.vllm.pages import Pages
 from hicache_ext.vllm.settings import Settings
 from storage_backends.base import KeyBatch
 
@@ -33,7 +34,8 @@ _SENT_PAGES, _SENT_SECONDS = 1 << 17, 600.0
 
 @dataclass
 class _Tracked:
-    """One request. blocks: its block table. saved: pages seen to. planned: (first page, tiers) of a load to come.
+    """One request. blocks: its block table. saved: pages seen to. planned: a load to come, its first token and the
+    tiers of its pages.
 
     loading: blocks of its last load. failed: not all of it came; what is missing is computed, not asked for again.
     """
@@ -50,8 +52,10 @@ class _Tracked:
 class SchedulerHalf:
     """Called by vLLM's scheduler, on its thread only."""
 
-    def __init__(self, settings: Settings, store: TieredStore | FaultyStore, page_size: int) -> None:
-        self._settings, self._store, self._page_size = settings, store, page_size
+    def __init__(self, settings: Settings, store: TieredStore | FaultyStore, block_size: int) -> None:
+        """block_size: tokens of vLLM's blocks. A page is one block, or, where it is shared with other engines, as many
+        tokens as the workers say."""
+        self._settings, self._store, self._block_size, self._page_size = settings, store, block_size, block_size
         self._told: list[Namespace] = []
         self._spaces: list[Namespace] = []
         """Those of this epoch."""
@@ -65,6 +69,14 @@ class SchedulerHalf:
 
     def workers(self, spaces: list[Namespace]) -> None:
         """The namespaces of the workers' pages, from their hand-shake."""
+        sizes = {space.layout.page_size for space in spaces}
+        if len(sizes) > 1:
+            logger.error(
+                "hicache_ext: some workers share pages with other engines and some cannot, so nothing is cached. "
+                "Fix: the reason is in their logs; or remove `share: engines`"
+            )
+            return
+        self._page_size = sizes.pop() if sizes else self._block_size
         self._told = self._spaces = list(dict.fromkeys(spaces))  # ranks that hold the same part share one
 
     # ---- requests
@@ -90,12 +102,13 @@ class SchedulerHalf:
         tiers = self._lookups.tiers(request.request_id, self._spaces, asked, parent)
         if tiers is None:
             return None
-        pages = policies.prefix_length(tiers != NO_TIER)
-        self._counts["queried_tokens"] += (last - first) * self._page_size
-        self._counts["hit_tokens"] += pages * self._page_size
-        if pages:
-            tracked.planned = (first, tiers[:pages])
-        return pages * self._page_size
+        end = (first + policies.prefix_length(tiers != NO_TIER)) * self._page_size
+        tokens = max(0, end - end % self._block_size - computed)
+        self._counts["queried_tokens"] += last * self._page_size - computed
+        self._counts["hit_tokens"] += tokens
+        if tokens:
+            tracked.planned = (computed, tiers[: (computed + tokens) // self._page_size - first])
+        return tokens
 
     def allocated(self, request: Any, blocks: list[int], tokens: int) -> None:
         """The request's block table; `tokens` of it are to be loaded (0: nothing is, another source was chosen)."""
@@ -103,11 +116,17 @@ class SchedulerHalf:
         planned, tracked.planned = tracked.planned, None
         if not tokens or planned is None or tracked.chain is None:
             return
-        first, pages = planned[0], tokens // self._page_size
-        keys = tracked.chain.keys(first + pages)
-        wanted = tuple(blocks[first : first + pages])
-        tracked.loading = frozenset(wanted)
-        self._loads.append(Pages(request.request_id, keys[first * KEY_BYTES :], self._parent(keys, first), wanted))
+        begin, end = planned[0], planned[0] + tokens
+        first, last = begin // self._page_size, end // self._page_size
+        keys = tracked.chain.keys(last)
+        part, skip = self._blocks_of(blocks, first, last)
+        tracked.loading = frozenset(blocks[begin // self._block_size : end // self._block_size])
+        self._loads.append(
+            Pages(
+                request.request_id, keys[first * KEY_BYTES :], self._parent(keys, first), part, skip,
+                begin - first * self._page_size,
+            )
+        )  # fmt: skip
         # What vLLM asks next, of these tokens: which tier they come from.
         tracked.planned = planned
 
@@ -116,8 +135,10 @@ class SchedulerHalf:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.planned is None:
             return {}
-        tiers, counts = np.unique(tracked.planned[1], return_counts=True)
-        return {int(tier): int(count) * self._page_size for tier, count in zip(tiers, counts, strict=True)}
+        begin, tiers = tracked.planned
+        tokens = np.full(len(tiers), self._page_size)
+        tokens[0] -= begin % self._page_size
+        return {int(tier): int(tokens[tiers == tier].sum()) for tier in np.unique(tiers)}
 
     def loaded(self, requests: set[str], invalid: set[int]) -> None:
         """The loads of these requests have ended, without these blocks."""
@@ -183,7 +204,8 @@ class SchedulerHalf:
         """
         if tracked.chain is None:
             return
-        last = min(computed // self._page_size, tracked.chain.whole_pages(), len(tracked.blocks))
+        room = len(tracked.blocks) * self._block_size // self._page_size
+        last = min(computed // self._page_size, tracked.chain.whole_pages(), room)
         first, tracked.saved = tracked.saved, max(tracked.saved, last)
         if last <= first:
             return
@@ -195,7 +217,7 @@ class SchedulerHalf:
             meta.saves.append(
                 Pages(
                     tracked.request.request_id, keys[begin * KEY_BYTES : end * KEY_BYTES], self._parent(keys, begin),
-                    tuple(tracked.blocks[begin:end]),
+                    *self._blocks_of(tracked.blocks, begin, end),
                 )
             )  # fmt: skip
 
@@ -224,6 +246,11 @@ class SchedulerHalf:
             tracked = _Tracked(request, RequestChain.of(request, self._page_size, self._adapters))
             self._tracked[request.request_id] = tracked
         return tracked
+
+    def _blocks_of(self, blocks: list[int], first: int, last: int) -> tuple[tuple[int, ...], int]:
+        """The blocks that these pages lie in, and the tokens of the first block before the first page."""
+        begin, end, size = first * self._page_size, last * self._page_size, self._block_size
+        return tuple(blocks[begin // size : -(-end // size)]), begin % size
 
     def _parent(self, keys: bytes, page: int) -> bytes:
         return keys[(page - 1) * KEY_BYTES : page * KEY_BYTES] if page else b""

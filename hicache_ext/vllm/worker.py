@@ -14,16 +14,19 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 
-from hicache_ext.page import Namespace, chain_parents
+from hicache_ext.page import Namespace
 from hicache_ext.store import TieredStore
-from hicache_ext.store.copies import CopyBudget, copy_pages
+from hicache_ext.store.copies import CopyBudget
 from hicache_ext.store.inject import FaultyStore
 from hicache_ext.vllm.blocks import Blocks
 from hicache_ext.vllm.identity import at_epoch
-from hicache_ext.vllm.metadata import Pages, StepMetadata
+from hicache_ext.vllm.metadata import StepMetadata
+from hicache_ext.vllm.pages import Pages
 from hicache_ext.vllm.settings import Settings
+from hicache_ext.vllm.sharing import SharedBlocks
 from storage_backends.base import CLOSE_SECONDS, Completion, Outcome, PageBatch
 
 logger = logging.getLogger(__name__)
@@ -37,8 +40,9 @@ class WorkerHalf:
     """Called by vLLM's model runner, on its thread; completions come on the store's."""
 
     def __init__(
-        self, settings: Settings, store: TieredStore | FaultyStore, blocks: Blocks, space: Namespace, writes: bool
-    ) -> None:
+        self, settings: Settings, store: TieredStore | FaultyStore, blocks: Blocks | SharedBlocks, space: Namespace,
+        writes: bool,
+    ) -> None:  # fmt: skip
         """writes: whether this rank stores pages. Several may hold the same bytes."""
         self._settings, self._store, self._blocks, self._told = settings, store, blocks, space
         self._space, self._epoch = space, ""
@@ -67,26 +71,38 @@ class WorkerHalf:
             with self._cond:
                 self._loading += 1
             since = time.monotonic()
+            batch = None
             try:
-                sent = self._store.read(self._batch(pages), deadline)
+                batch = self._blocks.incoming(self._space, pages)
+                if batch is None:
+                    sent = Completion.finished(pages.count, Outcome.REJECTED)
+                else:
+                    sent = self._store.read(batch, deadline)
             except Exception:
                 logger.exception("hicache_ext: a load could not be started; its pages are recomputed")
-                sent = Completion.finished(len(pages.blocks), Outcome.FAILED)
-            sent.on_done(partial(self._loaded, pages, since))
+                sent = Completion.finished(pages.count, Outcome.FAILED)
+            sent.on_done(partial(self._loaded, pages, batch, since))
         if meta.idle:
             with self._cond:
                 if self._loading and not self._arrived:
                     self._cond.wait(_IDLE_SECONDS)
 
-    def _loaded(self, pages: Pages, since: float, done: Completion) -> None:
-        bad = [block for block, outcome in zip(pages.blocks, done.outcomes, strict=True) if outcome != Outcome.HIT]
-        good = len(pages.blocks) - len(bad)
+    def _loaded(self, pages: Pages, batch: PageBatch | None, since: float, done: Completion) -> None:
+        bad: Sequence[int] = pages.blocks
+        outcomes: bytes | bytearray = done.outcomes
+        if batch is not None:
+            try:
+                bad = self._blocks.arrived(pages, batch, outcomes)
+            except Exception:
+                logger.exception("hicache_ext: loaded pages could not be put into their blocks; they are recomputed")
+                outcomes = bytes([Outcome.FAILED]) * pages.count
+            self._blocks.release(batch)
         with self._cond:
             self._loading -= 1
             self._invalid.update(bad)
             self._arrived.add(pages.request)
-            self._account("load", done.outcomes, since)
-            self._counts["load_bytes"] += good * self._told.layout.payload_bytes
+            self._account("load", outcomes, since)
+            self._counts["load_bytes"] += outcomes.count(Outcome.HIT) * self._told.layout.payload_bytes
             self._cond.notify_all()
 
     def finished_loads(self) -> tuple[set[str], set[int]]:
@@ -109,17 +125,14 @@ class WorkerHalf:
                 self._save(pages)
             except Exception:
                 logger.exception("hicache_ext: pages could not be stored")
-                self._count("save_failed", len(pages.blocks))
+                self._count("save_failed", pages.count)
 
     def _save(self, pages: Pages) -> None:
         since = time.monotonic()
-        batch = self._batch(pages)
-        copy = self._copies.take(batch)
+        copy = self._blocks.outgoing(self._space, pages, self._copies)
         if copy is None:
-            self._count("save_no_room", len(batch))
+            self._count("save_no_room", pages.count)
             return
-        every = list(range(len(batch)))
-        copy_pages(batch, every, copy, every)
         with self._cond:
             self._saving += 1
             self._counts["save_copy_us"] += int((time.monotonic() - since) * 1e6)
@@ -135,7 +148,7 @@ class WorkerHalf:
         try:
             self._store.write(copy).on_done(stored)
         except Exception:
-            stored(Completion.finished(len(batch), Outcome.FAILED))
+            stored(Completion.finished(len(copy), Outcome.FAILED))
             raise
 
     # ---- the rest
@@ -156,9 +169,6 @@ class WorkerHalf:
         """Wait, not for ever, until nothing is on its way: blocks and copies are free then."""
         with self._cond:
             self._cond.wait_for(lambda: not (self._loading or self._saving), CLOSE_SECONDS)
-
-    def _batch(self, pages: Pages) -> PageBatch:
-        return self._blocks.batch(self._space, pages.keys, chain_parents(pages.keys, pages.parent), pages.blocks)
 
     def _follow(self, epoch: str) -> None:
         if epoch != self._epoch:

@@ -386,3 +386,23 @@ def beside_other(root: Path) -> Any:
     engine.settle()
     engine.close()
     return {"page": PAGE}
+
+
+def shared(root: Path) -> Any:
+    """Canonical pages of two blocks, of one, and of half a block."""
+    result: dict[str, Any] = {}
+    for page in (64, 32, 16):
+        engine = Engine(root, {**local(root, "shared"), "share": "engines", "share_page": page})
+        cold = engine.run(LONG, SHORT)
+        engine.settle()
+        engine.forget_device()
+        warm = engine.run(LONG, SHORT)
+        engine.forget_device()
+        engine.run(LONG[:96])  # the engine holds the first block of a page itself, the tier the whole page
+        mixed = engine.run(LONG)
+        result[str(page)] = {
+            "cold": cold, "warm": warm, "mixed": mixed, "stored": engine.store.stats()["local"]["pages"],
+            "tag": engine.worker.space.tag, "leaked": engine.leaked(), "counts": engine.worker.counts(),
+        }  # fmt: skip
+        engine.close()
+    return result
