@@ -186,37 +186,46 @@ def as_bits(tensor: Any) -> Any:
 
 
 def gather(shape: Shape, planes: Planes, slots: NDArray[np.int64], batch: PageBatch) -> None:
-    """Make the pages of `batch` (one buffer each) of the tokens in these slots: int64[pages * page_size]."""
-    where, pages = _tensor(slots), [page_of(shape, batch, i) for i in range(len(batch))]
+    """Make the pages of `batch` (one buffer each) of the tokens in these slots: int64[len(batch) * page_size].
+
+    Where a slot is negative the page keeps what it has.
+    """
+    moves = _moves(shape, slots, batch, range(len(batch)))
+    where = _tensor(slots[slots >= 0])
     for layer in range(shape.layers):
         for part in range(shape.parts):
-            tokens = planes.read(layer, part, where).unflatten(0, (len(pages), shape.page_size))
-            for page, target in enumerate(pages):
-                target[layer, part].copy_(tokens[page])
+            tokens = planes.read(layer, part, where)
+            for page, inside, outside in moves:
+                page[layer, part, inside] = tokens[outside]
 
 
-def scatter(
-    shape: Shape, planes: Planes, slots: NDArray[np.int64], batch: PageBatch, pages: Sequence[int], lead: int = 0
-) -> None:
-    """Put these pages of `batch` into their slots: int64[len(batch) * page_size].
-
-    lead: so many of the first page's tokens stay as they are, and so do all of negative slots.
-    """
+def scatter(shape: Shape, planes: Planes, slots: NDArray[np.int64], batch: PageBatch, chosen: Sequence[int]) -> None:
+    """Put the chosen pages of `batch` into their slots, int64[len(batch) * page_size]; a negative one means nowhere."""
     import torch
 
-    if not pages:
+    if not chosen:
         return
-    wanted = slots.reshape(len(batch), shape.page_size)[list(pages)].copy()
-    if pages[0] == 0:
-        wanted[0, :lead] = -1
-    flat = wanted.ravel()
-    kept = np.flatnonzero(flat >= 0)
-    where, chosen = _tensor(flat[kept]), _tensor(kept)
-    sources = [page_of(shape, batch, i) for i in pages]
+    slots = slots.reshape(len(batch), shape.page_size)[list(chosen)].ravel()
+    moves = _moves(shape, slots, batch, chosen)
+    where = _tensor(slots[slots >= 0])
     for layer in range(shape.layers):
         for part in range(shape.parts):
-            tokens = torch.stack([source[layer, part] for source in sources]).flatten(0, 1)
-            planes.write(layer, part, where, tokens if len(kept) == len(flat) else tokens[chosen])
+            planes.write(layer, part, where, torch.cat([page[layer, part, inside] for page, inside, _ in moves]))
+
+
+def _moves(
+    shape: Shape, slots: NDArray[np.int64], batch: PageBatch, chosen: Sequence[int]
+) -> list[tuple[Any, Any, slice]]:
+    """By page: its tensor, which of its tokens have a slot, and where these are among all that have."""
+    moves, done = [], 0
+    for row, page in zip(slots.reshape(len(chosen), shape.page_size), chosen, strict=True):
+        inside = np.flatnonzero(row >= 0)
+        whole = len(inside) == shape.page_size
+        moves.append(
+            (page_of(shape, batch, page), slice(None) if whole else _tensor(inside), slice(done, done + len(inside)))
+        )
+        done += len(inside)
+    return moves
 
 
 def page_of(shape: Shape, batch: PageBatch, page: int) -> Any:

@@ -21,9 +21,10 @@ import numpy as np
 from sglang.srt.mem_cache import hicache_storage as sglang_storage
 
 from hicache_ext.config import Config
-from hicache_ext.page import Namespace, PageLayout, chain_parents, pack_key, pack_keys
-from hicache_ext.sglang import identity, plugin, unplugged, versions, weights
+from hicache_ext.page import Namespace, PageLayout, chain_parents, pack_key, pack_keys, split_keys
+from hicache_ext.sglang import identity, plugin, shared, unplugged, versions, weights
 from hicache_ext.sglang.announcing import EVENTS
+from hicache_ext.sglang.chains import Chains
 from hicache_ext.sglang.generic import GenericPages
 from hicache_ext.sglang.guard import answers, none_of, none_of_transfers
 from hicache_ext.sglang.naming import Naming
@@ -67,6 +68,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
         if self._lora == "" and not plugin.maps_adapters():
             self._lora = identity.startup_adapters(self._args)
         self._pools: dict[str, HostPool] = {}
+        self._shared: shared.SharedPool | None = None
         self._namespaces: dict[tuple[str, str | None], Namespace] = {}
         self._used: set[Namespace] = set()
         self._generic = GenericPages(self._namespace_of_tensors)
@@ -106,9 +108,33 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             self.counters.add("pools_by_copies")
         if pool.access is not Access.NOTHING:
             _ = pool.layout  # raises now, at attach, rather than in a thread
+        if name == KV and self.config.share == "engines":
+            self._share(pool)
         for address, length in pool.memory():
             self.store.register_memory(address, length)
         logger.info("hicache_ext: pool %s: %s, buffers of %s bytes", name, pool.access.value, pool.lengths.tolist())
+
+    def _share(self, pool: HostPool) -> None:
+        """Canonical pages where they can be; why not is said once."""
+        self._shared = None
+        try:
+            if pool.access is not Access.ADDRESSES:
+                raise shared.Unshared("the host pool gives no page addresses, or `interface_v1` is not set")
+            self._shared = shared.shared(
+                self.config, self._args, self._model, self.storage_config, pool, self._with_plugin
+            )
+        except shared.Unshared as reason:
+            logger.warning("hicache_ext: `share: engines` does not hold here: %s. Pages are this engine's own", reason)
+        else:
+            logger.info(
+                "hicache_ext: pages are shared with other engines, %s tokens each; those with images, other multimodal "
+                "inputs or LoRA adapters with SGLang only", self.config.share_page,
+            )  # fmt: skip
+
+    @property
+    def chains(self) -> Chains | None:
+        """What canonical pages cover SGLang's, where pages are shared with other engines."""
+        return None if self._shared is None else self._shared.chains
 
     def _namespace(self, pool: HostPool) -> Namespace | None:
         """The pool's namespace now, or None while nothing may be stored or served."""
@@ -138,7 +164,12 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
         )
 
     def _namespace_of_layout(self, name: str, layout: PageLayout, host_pool: Any = None) -> Namespace:
-        space = identity.namespace(self.config, self._model, self.storage_config, name, host_pool, layout, self._lora)
+        if name == KV and self._shared is not None:
+            space = self._shared.space
+        else:
+            space = identity.namespace(
+                self.config, self._model, self.storage_config, name, host_pool, layout, self._lora
+            )
         override = weights.STATE.override
         if override is not None:
             space = space.with_weights(override)
@@ -255,6 +286,9 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             return np.zeros(len(keys), bool)
         self.counters.add("lookups")
         packed = pack_keys(keys)
+        if pool.name == KV and self._shared is not None:
+            self._shared.chains.asked(split_keys(packed), self._names, self._lora)
+            return self._shared.present(self.store, space, packed)
         # The keys of a KV lookup are one chain: with its parent the tier knows that the chain's head is in use as well,
         # which SGLang has in memory and does not ask for.
         parents = chain_parents(packed, _parent(extra_info)) if pool.name == KV else None
@@ -270,9 +304,12 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
         since = time.monotonic()
         pages = pool.locate(host_indices, len(keys), reading=True)
         packed = pack_keys(keys)
-        parents = chain_parents(packed, _parent(extra_info)) if pool.name == KV else None
-        batch = PageBatch(space, packed, parents, pages.addresses, pages.lengths, pages.offsets, pages.owner)
-        outcomes = self._wait(self.store.read(batch))
+        if pool.name == KV and self._shared is not None:
+            outcomes = self._shared.read(self.store, space, packed, host_indices)
+        else:
+            parents = chain_parents(packed, _parent(extra_info)) if pool.name == KV else None
+            batch = PageBatch(space, packed, parents, pages.addresses, pages.lengths, pages.offsets, pages.owner)
+            outcomes = self._wait(self.store.read(batch))
         # Nothing after the first page that is not there is worth reading: the prefix ends here.
         good = policies.prefix_length(np.frombuffer(outcomes, np.uint8) == Outcome.HIT)
         for page in range(good if pages.staged is not None else 0):
@@ -291,23 +328,32 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
         since = time.monotonic()
         pages = pool.locate(host_indices, len(keys), reading=False)
         packed = pack_keys(keys)
-        parents = chain_parents(packed, _parent(extra_info)) if pool.name == KV else None
-        batch = PageBatch(space, packed, parents, pages.addresses, pages.lengths, pages.offsets, pages.owner)
         noted = self.tokens.take(keys[0]) if pool.name == KV else None
-        if noted is not None:
-            batch = self._named(batch, noted, pool.page_size)
-        outcomes = self._wait(self.store.write(batch))
+        if pool.name == KV and self._shared is not None:
+            batch, outcomes = self._shared.write(
+                self.store, space, packed, host_indices, noted, self._names, self._lora, self._named
+            )
+        else:
+            parents = chain_parents(packed, _parent(extra_info)) if pool.name == KV else None
+            batch = PageBatch(space, packed, parents, pages.addresses, pages.lengths, pages.offsets, pages.owner)
+            if noted is not None:
+                batch = self._named(batch, noted, pool.page_size)
+            outcomes = self._wait(self.store.write(batch))
         notes = batch.notes
         if notes is not None:
-            EVENTS.know(space.digest, packed, notes)  # of pages that were there before nothing was reported now
+            EVENTS.know(space.digest, batch.keys, notes)  # of pages that were there before nothing was reported now
         self._account("write", outcomes)
         stored = outcomes.count(Outcome.HIT)
         self.counters.batch("backup", stored, stored * pool.page_bytes, since)
         return [outcome in _DONE for outcome in outcomes]
 
+    @property
+    def _names(self) -> Naming:
+        return EVENTS.naming or self._naming
+
     def _named(self, batch: PageBatch, noted: Noted, page_size: int) -> PageBatch:
         """With the pages' tokens, and the names by which KV events call them, as far as these can be known."""
-        naming = EVENTS.naming or self._naming
+        naming = self._names
         tokens, ancestors = noted.pages(len(batch), page_size), noted.ancestors
         if tokens is None or ancestors is None or noted.space is None:
             self.counters.add("pages_without_event_hash", len(batch))

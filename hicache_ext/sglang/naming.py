@@ -55,7 +55,7 @@ class Naming:
         events = importlib.import_module("sglang.srt.disaggregation.kv_events")
         own = getattr(utils, "storage_namespace_seed", None)
         self._seed: Callable[[Space], str | None] = (lambda space: own(*space)) if own else (lambda s: seeds.seed(s[0]))
-        self._has_own_chain = own is not None
+        self.has_own_chain = own is not None
         self._scramble: Any = getattr(events, "namespaced_block_hash", None)
         self._event_seed: Any = getattr(events, "kv_event_namespace_seed", None)
         self.recorder = recorder
@@ -80,7 +80,7 @@ class Naming:
         """
         split = split_keys(keys)
         prior = ancestors[-1] if ancestors else None
-        if space == PLAIN or not self._has_own_chain:
+        if space == PLAIN or not self.has_own_chain:
             hashes = np.frombuffer(keys, ">i8")[:: KEY_BYTES // 8].astype(np.int64)
             before = _number(bytes.fromhex(prior)) if prior else 0
             return Named(np.stack([hashes, np.concatenate([[before], hashes[:-1]])], 1))

@@ -98,6 +98,8 @@ def _wanted() -> list[_Hook]:
         ),
         _Hook(f"{_CONTROLLER}.attach_storage_backend", _attach, "AROUND", "the name of the storage backend"),
         _Hook(f"{_CONTROLLER}.write_storage", _note_tokens, "BEFORE", "token ids of stored pages"),
+        _Hook(f"{_CONTROLLER}._storage_hit_query", _asks, "AROUND", "token ids of looked-up pages"),
+        _Hook(f"{_HYBRID}._storage_hit_query", _asks, "AROUND", "token ids of looked-up pages"),
         _Hook(f"{_CONTROLLER}.reset", _flushed, "AFTER", "flushes after weight updates"),
         _Hook(f"{_HYBRID}.write_storage", _note_tokens, "BEFORE", "token ids of stored pages"),
         _Hook(f"{_HYBRID}.parse_storage_backend_extra_config", _pass_prefix_keys, "AFTER", "parents of pages"),
@@ -220,6 +222,16 @@ def _note_tokens(
     adapter = _adapter_of(controller)
     if adapter is not None and hash_value and not getattr(controller, "backup_skip", False):
         adapter.tokens.note(hash_value, token_ids, controller.page_size, prefix_keys, space_of(token_ids))
+
+
+def _asks(original: Callable[..., Any], controller: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the prefetch thread: a backend that shares pages with other engines must know what is looked up."""
+    adapter = _adapter_of(controller)
+    chains = None if adapter is None else adapter.chains
+    if chains is None:
+        return original(controller, operation, *args, **kwargs)
+    with chains.asking(operation.token_ids, operation.last_hash):
+        return original(controller, operation, *args, **kwargs)
 
 
 @_harmless

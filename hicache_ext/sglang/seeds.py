@@ -32,16 +32,18 @@ def seed(extra_key: str | None) -> str | None:
     """The hash (64 hex digits) before a sequence's first page; None for a plain sequence, as SGLang has it."""
     if extra_key is None or extra_key == "":
         return None
-    salt, adapter = extra_key, ""
-    with _lock:
-        content = _contents.get(extra_key[-_ID_LENGTH:])
-    if content is not None:
-        salt, adapter = extra_key[:-_ID_LENGTH], content
     digest = hashlib.sha256(_DOMAIN)
-    for part in (salt, adapter):
+    for part in parts(extra_key):
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()
+
+
+def parts(extra_key: str) -> tuple[str, str]:
+    """Salt and adapter's content of an extra key; the adapter is "" where none was seen to be loaded under that id."""
+    with _lock:
+        content = _contents.get(extra_key[-_ID_LENGTH:])
+    return (extra_key, "") if content is None else (extra_key[:-_ID_LENGTH], content)
 
 
 def around_hash(

@@ -51,12 +51,12 @@ class SharedBlocks:
 
     def arrived(self, pages: Pages, batch: PageBatch, outcomes: Sequence[int]) -> list[int]:
         """The pages have their outcomes: good ones go to their blocks. Blocks that did not get all of theirs."""
-        good = [page for page, outcome in enumerate(outcomes) if outcome == Outcome.HIT]
-        canonical.scatter(self.shape, self.planes, self._slots(pages), batch, good, pages.lead)
-        slots = self._slots(pages).reshape(len(batch), -1)
-        bad = [page for page, outcome in enumerate(outcomes) if outcome != Outcome.HIT]
-        lost = {int(slot) // self.block_size for page in bad for slot in slots[page][pages.lead * (page == 0) :]}
-        return sorted(lost)
+        slots = self._slots(pages)
+        slots[: pages.lead] = -1
+        arrived = np.frombuffer(bytes(outcomes), np.uint8) == Outcome.HIT
+        canonical.scatter(self.shape, self.planes, slots, batch, np.flatnonzero(arrived).tolist())
+        missing = slots.reshape(len(batch), -1)[~arrived]
+        return np.unique(missing[missing >= 0] // self.block_size).tolist()
 
     def release(self, batch: PageBatch) -> None:
         """Of `incoming`: nothing uses it any more."""
