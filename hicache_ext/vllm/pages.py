@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hicache_ext.page import KEY_BYTES
+from storage_backends.base import Notes
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Pages:
 
     blocks: numbers of the blocks that the pages' tokens lie in. skip: tokens of the first block before the first page.
     lead: tokens of the first page that are in their blocks already, when pages are to be loaded. Both are 0 where a
-    page is a block.
+    page is a block. notes: what KV events say of pages that are to be saved.
     """
 
     request: str
@@ -25,6 +26,7 @@ class Pages:
     blocks: tuple[int, ...]
     skip: int = 0
     lead: int = 0
+    notes: Notes | None = None
 
     @property
     def count(self) -> int:

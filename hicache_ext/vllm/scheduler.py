@@ -19,12 +19,13 @@ from hicache_ext.store import NO_TIER, TieredStore, policies
 from hicache_ext.store.inject import FaultyStore
 from hicache_ext.store.tier import Recent
 from hicache_ext.vllm.chains import Adapters, RequestChain
+from hicache_ext.vllm.events import TierEvents, notes_of
 from hicache_ext.vllm.identity import at_epoch
 from hicache_ext.vllm.lookups import Lookups
 from hicache_ext.vllm.metadata import StepMetadata
 from hicache_ext.vllm.pages import Pages
 from hicache_ext.vllm.settings import Settings
-from storage_backends.base import KeyBatch
+from storage_backends.base import KeyBatch, Notes
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,17 @@ class SchedulerHalf:
         self._loads: list[Pages] = []
         self._sent = Recent(_SENT_PAGES, _SENT_SECONDS)
         self._counts: Counter[str] = Counter()
+        self.events: TierEvents | None = None
+        """Where vLLM publishes KV events."""
+
+    def served(self) -> bytes | None:
+        """Digest of the namespace whose pages can be loaded now. Of several ranks' it is the first one's."""
+        return self._spaces[0].digest if self._spaces else None
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self._page_size
 
     def workers(self, spaces: list[Namespace]) -> None:
         """The namespaces of the workers' pages, from their hand-shake."""
@@ -121,6 +133,7 @@ class SchedulerHalf:
         keys = tracked.chain.keys(last)
         part, skip = self._blocks_of(blocks, first, last)
         tracked.loading = frozenset(blocks[begin // self._block_size : end // self._block_size])
+        self._know(tracked, keys, first, last)
         self._loads.append(
             Pages(
                 request.request_id, keys[first * KEY_BYTES :], self._parent(keys, first), part, skip,
@@ -196,6 +209,8 @@ class SchedulerHalf:
 
     def close(self) -> None:
         self._lookups.close()
+        if self.events is not None:
+            self.events.close()
 
     def _save(self, meta: StepMetadata, tracked: _Tracked, computed: int) -> None:
         """Pages that are whole after this step and that no tier is known to hold.
@@ -210,6 +225,7 @@ class SchedulerHalf:
         if last <= first:
             return
         keys = tracked.chain.keys(last)
+        notes = self._know(tracked, keys, first, last)
         wanted = self._wanted(keys, first, last)
         # One message for each run without a gap: a page's parent is then the one before it.
         for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1) if len(wanted) else []:
@@ -217,9 +233,20 @@ class SchedulerHalf:
             meta.saves.append(
                 Pages(
                     tracked.request.request_id, keys[begin * KEY_BYTES : end * KEY_BYTES], self._parent(keys, begin),
-                    *self._blocks_of(tracked.blocks, begin, end),
+                    *self._blocks_of(tracked.blocks, begin, end), 0,
+                    notes.only(list(range(begin - first, end - first))) if notes is not None else None,
                 )
             )  # fmt: skip
+
+    def _know(self, tracked: _Tracked, keys: bytes, first: int, last: int) -> Notes | None:
+        """What events say of these pages, and let them know it."""
+        if self.events is None:
+            return None
+        notes = notes_of(tracked.request, first, last, self._page_size)
+        if notes is not None:
+            for space in self._spaces[:1]:
+                self.events.announcer.know(space.digest, keys[first * KEY_BYTES : last * KEY_BYTES], notes)
+        return notes
 
     def _wanted(self, keys: bytes, first: int, last: int) -> np.ndarray:
         """Numbers of the pages to store."""

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from hicache_ext.page import Namespace
@@ -133,6 +134,8 @@ class WorkerHalf:
         if copy is None:
             self._count("save_no_room", pages.count)
             return
+        if pages.notes is not None:
+            copy = replace(copy, tokens=pages.notes.tokens, event_hashes=pages.notes.hashes)
         with self._cond:
             self._saving += 1
             self._counts["save_copy_us"] += int((time.monotonic() - since) * 1e6)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 PAGE = 16
-LAYERS, HEADS, DIM = 3, 2, 32
+LAYERS, HEADS, DIM, DTYPE = 3, 2, 32, torch.bfloat16
 SLOTS = 64  # device pages
 MODULE, CLASS = "hicache_ext.sglang.backend", "HiCacheExtStorage"
 
@@ -93,7 +93,7 @@ class Rig:
         self.device_pool = _device_pool(mla, slots)
         self.host_pool = _host_pool(self.device_pool, layout, mla)
         self.allocator = PagedTokenToKVPoolAllocator(
-            slots * PAGE, page_size=PAGE, dtype=torch.bfloat16, device="cpu", kvcache=self.device_pool, need_sort=False
+            slots * PAGE, page_size=PAGE, dtype=DTYPE, device="cpu", kvcache=self.device_pool, need_sort=False
         )
         kind, pool = HiCacheController, self.host_pool
         if hybrid:
@@ -234,7 +234,7 @@ def _device_pool(mla: bool, slots: int = SLOTS) -> Any:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
     common: dict[str, Any] = {
-        "size": slots * PAGE, "page_size": PAGE, "dtype": torch.bfloat16, "layer_num": LAYERS, "device": "cpu",
+        "size": slots * PAGE, "page_size": PAGE, "dtype": DTYPE, "layer_num": LAYERS, "device": "cpu",
         "enable_memory_saver": False,
     }  # fmt: skip
     if mla:
@@ -273,6 +273,28 @@ def _hybrid(host_pool: Any, device_pool: Any) -> tuple[Any, Any]:
     }  # fmt: skip
     known = inspect.signature(PoolEntry).parameters
     return HybridCacheController, HostPoolGroup([PoolEntry(**{k: v for k, v in wanted.items() if k in known})])
+
+
+def token_of(pool: Any, layer: int, slot: int) -> list[Any]:
+    """K and V of one token in one layer, [heads, dim], by the definition of each host layout."""
+    page, inside = divmod(slot, PAGE)
+    match pool.layout:
+        case "layer_first":
+            return [side[layer, slot] for side in (pool.k_buffer, pool.v_buffer)]
+        case "page_first":
+            return [side[slot, layer] for side in (pool.k_buffer, pool.v_buffer)]
+        case "page_first_direct":
+            return [side[page, layer, inside] for side in (pool.k_buffer, pool.v_buffer)]
+        case _:
+            return [side[page, :, inside, layer] for side in (pool.k_buffer, pool.v_buffer)]
+
+
+def by_token(pool: Any, indices: Any) -> bytes:
+    """[token, layer, K and V, head, dim] of these slots of an MHA host pool, whatever its layout."""
+    parts = [
+        torch.stack([torch.stack(token_of(pool, layer, slot)) for layer in range(LAYERS)]) for slot in indices.tolist()
+    ]
+    return torch.stack(parts).view(torch.uint8).numpy().tobytes()
 
 
 def _handle() -> Any:

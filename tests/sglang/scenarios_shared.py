@@ -30,31 +30,8 @@ def _extra(page: int, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _token(pool: Any, layer: int, slot: int) -> list[Any]:
-    """K and V of one token, [heads, dim], by the definition of each host layout."""
-    page, inside = divmod(slot, rig.PAGE)
-    match pool.layout:
-        case "layer_first":
-            return [side[layer, slot] for side in (pool.k_buffer, pool.v_buffer)]
-        case "page_first":
-            return [side[slot, layer] for side in (pool.k_buffer, pool.v_buffer)]
-        case "page_first_direct":
-            return [side[page, layer, inside] for side in (pool.k_buffer, pool.v_buffer)]
-        case _:
-            return [side[page, :, inside, layer] for side in (pool.k_buffer, pool.v_buffer)]
-
-
-def _logical(pool: Any, indices: Any) -> bytes:
-    """Every token's K and V of every layer, by token."""
-    parts = [
-        torch.stack([torch.stack(_token(pool, layer, slot)) for layer in range(rig.LAYERS)])
-        for slot in indices.tolist()
-    ]
-    return torch.stack(parts).view(torch.int16).numpy().tobytes()
-
-
 def _canonical(logical: bytes, page: int) -> list[bytes]:
-    """The canonical pages of tokens that `_logical` gave."""
+    """The canonical pages of tokens that `rig.by_token` gave."""
     tokens = torch.frombuffer(bytearray(logical), dtype=torch.int16).view(-1, rig.LAYERS, 2, rig.HEADS, rig.DIM)
     return [
         tokens[at : at + page].permute(1, 2, 0, 3, 4).contiguous().numpy().tobytes()
@@ -68,7 +45,7 @@ def _stored() -> dict[bytes, bytes]:
 
 def _keep_logical(found: rig.Rig) -> None:
     """The rig compares what is in the pool by tokens, not in the layout's order."""
-    found.bytes_of = lambda indices: _logical(found.host_pool, indices)  # type: ignore[method-assign]
+    found.bytes_of = lambda indices: rig.by_token(found.host_pool, indices)  # type: ignore[method-assign]
 
 
 def plugin_shared_pages_are_canonical_in_every_layout() -> None:

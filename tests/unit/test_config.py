@@ -40,7 +40,9 @@ def test_sizes_in_both_families() -> None:
 
 def test_sglang_keys_are_accepted_and_not_ours() -> None:
     config = Config.load({"tiers": [TIER], **dict.fromkeys(SGLANG_KEYS, 1)})
-    assert set(config.model_dump()) == {"tiers", "model", "salt", "host_huge_pages", "background_bytes"}
+    assert set(config.model_dump()) == {
+        "tiers", "model", "salt", "host_huge_pages", "background_bytes", "share", "share_page",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

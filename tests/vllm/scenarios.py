@@ -5,8 +5,11 @@ Run by rig.py, in forked children.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -389,9 +392,9 @@ def beside_other(root: Path) -> Any:
 
 
 def shared(root: Path) -> Any:
-    """Canonical pages of two blocks, of one, and of half a block."""
+    """Canonical pages of two blocks, and of half a block."""
     result: dict[str, Any] = {}
-    for page in (64, 32, 16):
+    for page in (64, 16):
         engine = Engine(root, {**local(root, "shared"), "share": "engines", "share_page": page})
         cold = engine.run(LONG, SHORT)
         engine.settle()
@@ -406,3 +409,38 @@ def shared(root: Path) -> Any:
         }  # fmt: skip
         engine.close()
     return result
+
+
+def exchanged(root: Path) -> Any:
+    """SGLang reads what vLLM stored, and vLLM what SGLang did: blocks of 32, pages of 16, shared ones of 64 tokens."""
+    tiers = {name: {**local(root, name), "share": "engines"} for name in ("theirs", "ours")}
+    engine = Engine(root, tiers["theirs"])
+    engine.run(LONG)
+    engine.settle()
+    engine.close()
+    given = root / "exchange.json"
+    given.write_text(json.dumps({"tokens": LONG, **tiers}))
+    script = [os.environ["SGLANG_PYTHON"], str(Path(__file__).parent / "exchange.py"), str(root), str(given)]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "LD_", "OMP_"))}
+    there = subprocess.run(
+        script, capture_output=True, text=True, env={**inherited, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    )
+    assert there.returncode == 0, there.stderr[-4000:]
+    engine = Engine(root, tiers["ours"])
+    outputs = engine.run(LONG)
+    counts = engine.worker.counts()
+    return {"there": json.loads(there.stdout.splitlines()[-1]), "outputs": outputs, "counts": counts}
+
+
+def unshared(root: Path) -> Any:
+    """Where pages cannot be shared one line says why, and the engine's own pages work."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hicache_ext").addHandler(handler)
+    engine = Engine(root, {**local(root, "unshared"), "share": "engines", "share_page": 48})
+    engine.run(LONG)
+    engine.settle()
+    engine.forget_device()
+    said = [line for line in lines if "does not hold here" in line]
+    return {"outputs": engine.run(LONG), "said": said, "tag": engine.worker.space.tag, "leaked": engine.leaked()}

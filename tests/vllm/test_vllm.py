@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +23,7 @@ PYTHON = Path(os.environ.get("VLLM_PYTHON") or HERE.parents[1] / "build/vllm/bin
 SCENARIOS = (
     "plain", "cold", "warm", "producer", "consumer", "salts", "damaged", "unverified", "failing", "hung", "preempted",
     "chunked", "aborted", "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh",
-    "mistakes", "beside_writer",
+    "mistakes", "beside_writer", "shared", "unshared", "exchanged",
 )  # fmt: skip
 
 pytestmark = [
@@ -40,8 +41,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         server = stack.enter_context(RedisServer())
         (root / "redis.port").write_text(str(server.port))
         ran = subprocess.run(
-            [str(PYTHON), str(HERE / "rig.py"), str(root), *SCENARIOS], cwd=HERE, capture_output=True, text=True
-        )
+            [str(PYTHON), str(HERE / "rig.py"), str(root), *SCENARIOS], cwd=HERE, capture_output=True, text=True,
+            env={**os.environ, "SGLANG_PYTHON": sys.executable},
+        )  # fmt: skip
     print(ran.stdout[-20000:], ran.stderr[-20000:])
     assert ran.returncode == 0, ran.stderr[-4000:]
     return {name: json.loads(file.read_text()) for name in SCENARIOS if (file := root / f"{name}.json").exists()}
@@ -173,6 +175,42 @@ def test_two_engines_share_a_tier(results: dict[str, Any], right: list[list[int]
     assert found["seen"] == 12
     assert cached(found["outputs"]) == [384]
     assert tokens(found["outputs"]) == right[:1]
+
+
+@pytest.mark.parametrize(("page", "cached_tokens", "stored"), [("64", [384, 0], 6), ("16", [384, 32], 34)])
+def test_shared_pages_are_grouped_and_split(
+    results: dict[str, Any], right: list[list[int]], page: str, cached_tokens: list[int], stored: int
+) -> None:
+    found = results["shared"][page]
+    assert found["tag"] == "canonical"
+    assert cached(found["cold"]) == [0, 0]
+    assert cached(found["warm"]) == cached_tokens
+    assert cached(found["mixed"]) == [384]
+    assert tokens(found["cold"]) == tokens(found["warm"]) == right
+    assert tokens(found["mixed"]) == right[:1]
+    assert found["stored"] == stored
+    assert found["leaked"] == 0
+
+
+def test_what_cannot_be_shared_is_said_and_kept_apart(results: dict[str, Any], right: list[list[int]]) -> None:
+    found = results["unshared"]
+    (line,) = found["said"]
+    assert "pages of 32 tokens and `share_page: 48` do not divide one another. Pages are this engine's own" in line
+    assert found["tag"] != "canonical"
+    assert cached(found["outputs"]) == [384]
+    assert tokens(found["outputs"]) == right[:1]
+    assert found["leaked"] == 0
+
+
+def test_sglang_and_vllm_read_each_others_pages(results: dict[str, Any], right: list[list[int]]) -> None:
+    """Against the KV of a third implementation, in both directions."""
+    there = results["exchanged"]["there"]
+    assert there["read"] == 384
+    assert there["difference"] < 1e-3 * there["scale"], "what vLLM stored is the model's KV"
+    assert there["stored"] == 6
+    assert results["exchanged"]["counts"]["load_hit"] == 6
+    assert cached(results["exchanged"]["outputs"]) == [384]
+    assert tokens(results["exchanged"]["outputs"]) == right[:1], "vLLM goes on from what SGLang stored"
 
 
 @pytest.mark.parametrize(
