@@ -444,3 +444,47 @@ def unshared(root: Path) -> Any:
     engine.forget_device()
     said = [line for line in lines if "does not hold here" in line]
     return {"outputs": engine.run(LONG), "said": said, "tag": engine.worker.space.tag, "leaked": engine.leaked()}
+
+
+def _published(engine: Engine) -> list[Any]:
+    """vLLM's own event stream, as its publisher gets it."""
+    stream: list[Any] = []
+    engine.scheduler.kv_event_publisher.publish = lambda batch: stream.extend(batch.events)
+    return stream
+
+
+def _steps_until(engine: Engine, stream: list[Any], enough: Callable[[list[Any]], bool]) -> list[dict[str, Any]]:
+    """Short prompts, since vLLM publishes with its steps, until the stream is as wanted; the tiers' part of it."""
+    until = time.monotonic() + 60
+    while not enough(stream) and time.monotonic() < until:
+        engine.run(SHORT[:3], tokens=1)
+        time.sleep(0.05)
+    return [
+        {"type": type(event).__name__, **{name: getattr(event, name) for name in event.__struct_fields__}}
+        for event in stream
+    ]
+
+
+def _on_disk(stream: list[Any]) -> int:
+    return sum(len(event.block_hashes) for event in stream if getattr(event, "medium", None) == "DISK")
+
+
+def announced(root: Path) -> Any:
+    """Events of the tier in vLLM's stream: after a save, after a flush, and in a fresh process."""
+    from vllm.config import KVEventsConfig
+
+    quiet = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    engine = Engine(root, local(root, "announced"), kv_events_config=quiet)
+    stream = _published(engine)
+    engine.run(LONG)
+    engine.run(SHORT, salt="tenant")
+    result = {"stored": _steps_until(engine, stream, lambda events: _on_disk(events) >= 12)}
+    stream.clear()
+    engine.forget_device()
+    result["flushed"] = _steps_until(engine, stream, lambda events: _on_disk(events) >= 12)
+    engine.close()
+    engine = Engine(root, local(root, "announced"), kv_events_config=quiet)
+    stream = _published(engine)
+    result["restarted"] = _steps_until(engine, stream, lambda events: _on_disk(events) >= 12)
+    result["leaked"] = [engine.leaked()]
+    return result

@@ -23,7 +23,7 @@ PYTHON = Path(os.environ.get("VLLM_PYTHON") or HERE.parents[1] / "build/vllm/bin
 SCENARIOS = (
     "plain", "cold", "warm", "producer", "consumer", "salts", "damaged", "unverified", "failing", "hung", "preempted",
     "chunked", "aborted", "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh",
-    "mistakes", "beside_writer", "shared", "unshared", "exchanged",
+    "mistakes", "beside_writer", "shared", "unshared", "exchanged", "announced",
 )  # fmt: skip
 
 pytestmark = [
@@ -211,6 +211,32 @@ def test_sglang_and_vllm_read_each_others_pages(results: dict[str, Any], right: 
     assert results["exchanged"]["counts"]["load_hit"] == 6
     assert cached(results["exchanged"]["outputs"]) == [384]
     assert tokens(results["exchanged"]["outputs"]) == right[:1], "vLLM goes on from what SGLang stored"
+
+
+def test_what_the_tier_holds_is_in_vllms_own_event_stream(results: dict[str, Any]) -> None:
+    """Blocks have the names that vLLM's events of the device give them, so a router follows a prompt down."""
+    found = results["announced"]
+
+    def blocks(events: list[dict[str, Any]], medium: str) -> list[tuple[int, int | None]]:
+        """Of plain prompts: each block, and the one before it."""
+        pairs = []
+        for event in events:
+            if event["type"] == "BlockStored" and event["medium"] == medium and not any(event["extra_keys"] or ()):
+                assert len(event["token_ids"]) == event["block_size"] * len(event["block_hashes"])
+                before = event["parent_block_hash"]
+                for block in event["block_hashes"]:
+                    pairs.append((block, before))
+                    before = block
+        return pairs
+
+    device = blocks(found["stored"], "GPU")
+    assert len(device) == 12
+    for name in ("stored", "flushed", "restarted"):
+        assert sorted(map(repr, blocks(found[name], "DISK"))) == sorted(map(repr, device)), name
+    kinds = [event["type"] for event in found["flushed"]]
+    first = next(at for at, event in enumerate(found["flushed"]) if event.get("medium") == "DISK")
+    assert kinds.index("AllBlocksCleared") < first, "what consumers forgot is said again afterwards"
+    assert found["leaked"] == [0]
 
 
 @pytest.mark.parametrize(
