@@ -17,6 +17,7 @@ from hicache_ext.cli.bench_policy import policy_command
 from hicache_ext.cli.bench_router import router_command
 from hicache_ext.cli.bench_serve import serve_command
 from hicache_ext.cli.bench_tiers import tiers_command
+from hicache_ext.cli.bench_vllm_scheduler import vllm_scheduler_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command("io")(io_command)
@@ -28,6 +29,7 @@ app.command("tiers")(tiers_command)
 app.command("events-scheduler")(events_scheduler_command)
 app.command("events")(events_command)
 app.command("router")(router_command)
+app.command("vllm-scheduler")(vllm_scheduler_command)
 
 
 @app.callback()

@@ -42,7 +42,7 @@ class Watch:
         self._names: list[bytes] = []
         self._closed = False
         self._lock = threading.Lock()
-        store.on_residency(self._hear)
+        store.on_residency(self.hear)
 
     def close(self) -> None:
         """Nothing of the store can be had any more."""
@@ -76,7 +76,8 @@ class Watch:
                     tier.backend.recheck(space, keys)
         return more
 
-    def _hear(self, index: int, change: Residency, namespace: bytes, keys: bytes, notes: Notes | None) -> None:
+    def hear(self, index: int, change: Residency, namespace: bytes, keys: bytes, notes: Notes | None) -> None:
+        """A tier, by its number, has gained or lost these pages: this store's report, or that of another process."""
         with self._lock:
             if self._closed:
                 return

@@ -21,7 +21,7 @@ from hicache_ext import fingerprint
 from hicache_ext.page import Namespace, PageLayout
 from hicache_ext.vllm import events, identity, sharing, stores, versions
 from hicache_ext.vllm.blocks import Blocks, UnsupportedLayout, blocks_of
-from hicache_ext.vllm.metadata import StepMetadata, WorkerMetadata
+from hicache_ext.vllm.metadata import StepMetadata, WorkerMetadata, WorkerReport
 from hicache_ext.vllm.scheduler import SchedulerHalf
 from hicache_ext.vllm.settings import Settings
 from hicache_ext.vllm.sharing import SharedBlocks
@@ -58,6 +58,12 @@ class HiCacheConnector(KVConnectorBase_V1):
             self._scheduler = SchedulerHalf(self._settings, self._store, self._page_size)
 
     @property
+    def _publishes(self) -> bool:
+        """Whether vLLM publishes KV events."""
+        wanted = self._vllm_config.kv_events_config
+        return wanted is not None and bool(wanted.enable_kv_cache_events)
+
+    @property
     def requires_kv_delivery(self) -> bool:
         return False  # a page that was not stored is a miss later, nothing more
 
@@ -72,7 +78,7 @@ class HiCacheConnector(KVConnectorBase_V1):
 
         rank = identity.rank_of(config, get_tp_group().rank_in_group, get_pp_group().rank_in_group)
         blocks, space = self._shared(kv_caches, rank) or self._own(kv_caches, device, rank)
-        self._worker = WorkerHalf(self._settings, self._store, blocks, space, rank.writes)
+        self._worker = WorkerHalf(self._settings, self._store, blocks, space, rank.writes, self._publishes)
         layout = space.layout
         logger.info(
             "hicache_ext: tiers %s, pages of %s tokens and %s bytes in %s pieces, namespace %s",
@@ -147,6 +153,9 @@ class HiCacheConnector(KVConnectorBase_V1):
         invalid, self._invalid = self._invalid, set()
         return invalid
 
+    def build_connector_worker_meta(self) -> WorkerReport | None:
+        return None if self._worker is None else self._worker.report()
+
     def _step(self) -> StepMetadata:
         meta = self._get_connector_metadata()
         assert isinstance(meta, StepMetadata)
@@ -164,8 +173,7 @@ class HiCacheConnector(KVConnectorBase_V1):
         if self._scheduler is None:
             return
         self._scheduler.workers([worker.space for worker in told])
-        wanted = self._vllm_config.kv_events_config
-        if wanted is None or not wanted.enable_kv_cache_events or self._scheduler.events is not None:
+        if not self._publishes or self._scheduler.events is not None:
             return
         hashed = getattr(self._vllm_config.cache_config, "hash_block_size", None)
         reason = events.objection(hashed, self._page_size, self._scheduler.page_size)
@@ -212,6 +220,9 @@ class HiCacheConnector(KVConnectorBase_V1):
         return self._scheduler.step(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if self._scheduler is not None and self._scheduler.events is not None and isinstance(report, WorkerReport):
+            self._scheduler.events.hear(report.changes)
         if self._scheduler is not None and connector_output.finished_recving:
             self._scheduler.loaded(connector_output.finished_recving, connector_output.invalid_block_ids)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored
 from hicache_ext.events.watch import Watch
 from hicache_ext.store import TieredStore
 from hicache_ext.store.inject import FaultyStore
-from storage_backends.base import Notes
+from storage_backends.base import Notes, Residency
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,11 @@ class TierEvents:
     def follow(self, pool: Any) -> None:
         """vLLM's pool of blocks: its flushes make consumers forget the tiers as well."""
         self._pool, self._cached = pool, pool.cached_block_hash_to_block
+
+    def hear(self, changes: Iterable[tuple[int, Residency, bytes, bytes, Notes | None]]) -> None:
+        """What a worker in another process saw become of pages on servers: see WorkerReport."""
+        for change in changes:
+            self._watch.hear(*change)
 
     def take(self) -> list[Any]:
         """vLLM's events of what has become of the tiers' pages. The scheduler's thread."""

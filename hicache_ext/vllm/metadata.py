@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
 
 from hicache_ext.page import Namespace
 from hicache_ext.vllm.pages import Pages
+from storage_backends.base import Notes, Residency
 
 
 @dataclass
@@ -28,3 +33,17 @@ class WorkerMetadata(KVConnectorHandshakeMetadata):
     """The namespace in which a worker's pages are."""
 
     space: Namespace
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """What a worker saw become of pages in tiers that the scheduler's process cannot know of: servers.
+
+    changes: (number of the tier, change, namespace digest, packed keys, what is known of the pages).
+    """
+
+    changes: list[tuple[int, Residency, bytes, bytes, Notes | None]]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, WorkerReport)
+        return WorkerReport(self.changes + other.changes)

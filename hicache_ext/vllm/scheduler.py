@@ -228,7 +228,8 @@ class SchedulerHalf:
         notes = self._know(tracked, keys, first, last)
         wanted = self._wanted(keys, first, last)
         # One message for each run without a gap: a page's parent is then the one before it.
-        for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1) if len(wanted) else []:
+        gaps = np.flatnonzero(np.diff(wanted) > 1) + 1
+        for run in np.split(wanted, gaps) if len(gaps) else [wanted] if len(wanted) else []:
             begin, end = int(run[0]), int(run[-1]) + 1
             meta.saves.append(
                 Pages(

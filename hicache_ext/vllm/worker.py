@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,17 +24,19 @@ from hicache_ext.store.copies import CopyBudget
 from hicache_ext.store.inject import FaultyStore
 from hicache_ext.vllm.blocks import Blocks
 from hicache_ext.vllm.identity import at_epoch
-from hicache_ext.vllm.metadata import StepMetadata
+from hicache_ext.vllm.metadata import StepMetadata, WorkerReport
 from hicache_ext.vllm.pages import Pages
 from hicache_ext.vllm.settings import Settings
 from hicache_ext.vllm.sharing import SharedBlocks
-from storage_backends.base import CLOSE_SECONDS, Completion, Outcome, PageBatch
+from storage_backends.base import CLOSE_SECONDS, Completion, Notes, Outcome, PageBatch, Residency
 
 logger = logging.getLogger(__name__)
 
 #: Longest wait of a step that computes nothing while loads are on their way: vLLM would ask again at once, and take
 #: the processor that the loads need.
 _IDLE_SECONDS = 0.002
+#: Changes on servers that wait for the next step; older ones are forgotten, and what they say is not announced.
+_CHANGES = 1 << 14
 
 
 class WorkerHalf:
@@ -42,9 +44,11 @@ class WorkerHalf:
 
     def __init__(
         self, settings: Settings, store: TieredStore | FaultyStore, blocks: Blocks | SharedBlocks, space: Namespace,
-        writes: bool,
+        writes: bool, reports: bool = False,
     ) -> None:  # fmt: skip
-        """writes: whether this rank stores pages. Several may hold the same bytes."""
+        """writes: whether this rank stores pages. Several may hold the same bytes. reports: whether the scheduler wants
+        to hear of pages on servers; where it is in this process it hears the store itself, and `report` says nothing.
+        """
         self._settings, self._store, self._blocks, self._told = settings, store, blocks, space
         self._space, self._epoch = space, ""
         self._writes = writes
@@ -56,6 +60,9 @@ class WorkerHalf:
         self._invalid: set[int] = set()
         self._counts: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
+        self._changes: deque[tuple[int, Residency, bytes, bytes, Notes | None]] = deque(maxlen=_CHANGES)
+        if reports:
+            store.on_residency(self._heard)
 
     @property
     def space(self) -> Namespace:
@@ -155,6 +162,15 @@ class WorkerHalf:
             raise
 
     # ---- the rest
+
+    def _heard(self, index: int, change: Residency, namespace: bytes, keys: bytes, notes: Notes | None) -> None:
+        if not self._store.tiers[index].backend.capabilities.knows:
+            self._changes.append((index, change, namespace, keys, notes))
+
+    def report(self) -> WorkerReport | None:
+        """What became of pages on servers since the last call; None for nothing."""
+        changes = [self._changes.popleft() for _ in range(len(self._changes))]
+        return WorkerReport(changes) if changes else None
 
     def counts(self) -> dict[str, int]:
         """What happened since the start, by name."""

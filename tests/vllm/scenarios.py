@@ -488,3 +488,12 @@ def announced(root: Path) -> Any:
     result["restarted"] = _steps_until(engine, stream, lambda events: _on_disk(events) >= 12)
     result["leaked"] = [engine.leaked()]
     return result
+
+
+def scheduler_cost(root: Path) -> Any:
+    """The benchmark plays whole requests through the scheduler's half, and checks what it is told."""
+    from hicache_ext.bench import vllm_scheduler
+
+    folder = root / "scheduler_cost"
+    folder.mkdir()
+    return vllm_scheduler.run(folder, pages=(1, 9), requests=1)

@@ -24,6 +24,7 @@ SCENARIOS = (
     "plain", "cold", "warm", "producer", "consumer", "salts", "damaged", "unverified", "failing", "hung", "preempted",
     "chunked", "aborted", "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh",
     "mistakes", "beside_writer", "shared", "unshared", "exchanged", "announced",
+    "scheduler_cost",
 )  # fmt: skip
 
 pytestmark = [
@@ -237,6 +238,12 @@ def test_what_the_tier_holds_is_in_vllms_own_event_stream(results: dict[str, Any
     first = next(at for at, event in enumerate(found["flushed"]) if event.get("medium") == "DISK")
     assert kinds.index("AllBlocksCleared") < first, "what consumers forgot is said again afterwards"
     assert found["leaked"] == [0]
+
+
+def test_what_the_scheduler_pays_is_measured(results: dict[str, Any]) -> None:
+    rows = results["scheduler_cost"]
+    assert [(row["pages"], row["what"]) for row in rows] == [(1, "saved"), (1, "loaded"), (9, "saved"), (9, "loaded")]
+    assert all(row["us"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
