@@ -497,3 +497,40 @@ def scheduler_cost(root: Path) -> Any:
     folder = root / "scheduler_cost"
     folder.mkdir()
     return vllm_scheduler.run(folder, pages=(1, 9), requests=1)
+
+
+def identifiers(root: Path) -> Any:
+    """Page keys of vLLM's own requests: the same tokens, with other images, adapters, salts and embeddings."""
+    import torch
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+    from vllm.v1.request import Request
+
+    from hicache_ext.page import split_keys
+    from hicache_ext.vllm.chains import Adapters, RequestChain
+
+    def image(identifier: str) -> dict[str, Any]:
+        where = PlaceholderRange(offset=40, length=20)
+        return {"mm_features": [MultiModalFeatureSpec(None, "image", identifier, where)]}
+
+    def adapter(name: str, content: bytes, number: int) -> dict[str, Any]:
+        folder = root / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(content)
+        return {"lora_request": LoRARequest("same-name", number, str(folder))}
+
+    ids = prompt(32) + [5] * 96  # one text page, then placeholders
+    adapters, found = Adapters(), {}
+    for name, more in {
+        "text": {}, "cat": image("cat"), "cat_again": image("cat"), "dog": image("dog"),
+        "salted": {"cache_salt": "tenant"}, "lora": adapter("lora", b"one", 1), "copy": adapter("copy", b"one", 2),
+        "other": adapter("other", b"two", 3),
+    }.items():  # fmt: skip
+        request = Request(name, list(ids), SamplingParams(max_tokens=1), None, **more)
+        chain = RequestChain.of(request, PAGE, adapters)
+        assert chain is not None
+        found[name] = [key.hex() for key in split_keys(chain.keys(4))]
+    embedded = Request("e", None, SamplingParams(max_tokens=1), None, prompt_embeds=torch.zeros(64, 8))
+    return {"keys": found, "embedded": RequestChain.of(embedded, PAGE, adapters) is not None}

@@ -23,7 +23,7 @@ from tests.vllm.test_vllm import HERE, PYTHON
 
 EXAMPLES = HERE.parents[1] / "examples/vllm"
 PAGE, TOKENS = 32, 384  # of a prompt of 400 tokens: the whole pages before the last token
-PROMPT = [random.Random(7).randrange(3, 1024) for _ in range(400)]
+PROMPT = random.Random(7).choices(range(3, 1024), k=400)
 START_SECONDS, SECONDS = 500.0, 120.0
 #: A text model of the tests on two cores: small, and the same numbers in every engine.
 OPTIONS = (

@@ -24,7 +24,7 @@ SCENARIOS = (
     "plain", "cold", "warm", "producer", "consumer", "salts", "damaged", "unverified", "failing", "hung", "preempted",
     "chunked", "aborted", "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh",
     "mistakes", "beside_writer", "shared", "unshared", "exchanged", "announced",
-    "scheduler_cost",
+    "scheduler_cost", "identifiers",
 )  # fmt: skip
 
 pytestmark = [
@@ -244,6 +244,20 @@ def test_what_the_scheduler_pays_is_measured(results: dict[str, Any]) -> None:
     rows = results["scheduler_cost"]
     assert [(row["pages"], row["what"]) for row in rows] == [(1, "saved"), (1, "loaded"), (9, "saved"), (9, "loaded")]
     assert all(row["us"] > 0 for row in rows)
+
+
+def test_equal_tokens_that_are_not_the_same_never_meet(results: dict[str, Any]) -> None:
+    """Two images under the same placeholder tokens, two adapters of one name, a salt."""
+    keys = results["identifiers"]["keys"]
+    assert all(len(pages) == 4 for pages in keys.values())
+    assert keys["cat"] == keys["cat_again"]
+    assert keys["text"][0] == keys["cat"][0] == keys["dog"][0], "the text before an image is shared"
+    for page in (1, 2, 3):
+        assert len({keys[name][page] for name in ("text", "cat", "dog")}) == 3
+    assert keys["lora"] == keys["copy"], "an adapter is its content"
+    for page in range(4):
+        assert len({keys[name][page] for name in ("text", "salted", "lora", "other")}) == 4
+    assert not results["identifiers"]["embedded"], "embeddings have no name"
 
 
 @pytest.mark.parametrize(
