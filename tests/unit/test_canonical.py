@@ -20,6 +20,7 @@ from hicache_ext.config import Config
 from hicache_ext.doctor import sharing as doctor
 from hicache_ext.page import Shard
 from hicache_ext.store.copies import CopyBudget
+from storage_backends.base import Outcome
 
 torch = pytest.importorskip("torch")
 
@@ -27,6 +28,9 @@ LAYERS, HEADS, DIM, TOKENS, BLOCKS = 3, 2, 4, 4, 8
 SHAPE = Shape("mha", LAYERS, 0, HEADS, DIM, "float32", 8)
 LLAMA = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 8, "num_key_value_heads": 2}
 CONFIG = Config.model_validate({"tiers": [{"type": "memory"}], "share": "engines"})
+
+SPACE = canonical.Namespace("m", "w", SHAPE.layout, tag=canonical.TAG)
+HIT, MISS, CORRUPT = Outcome.HIT, Outcome.MISS, Outcome.CORRUPT
 
 
 def model(folder: Path, **more: Any) -> Path:
@@ -53,8 +57,7 @@ def laid_out(values: Any, order: tuple[int, ...]) -> Any:
 
 
 def batch(pages: int, space: Any = None) -> Any:
-    space = space or canonical.Namespace("m", "w", SHAPE.layout, tag=canonical.TAG)
-    staged = CopyBudget(1 << 24).take(canonical.pages(space, bytes(32 * pages), None))
+    staged = CopyBudget(1 << 24).take(canonical.pages(space or SPACE, bytes(32 * pages), None))
     assert staged is not None
     return staged
 
@@ -172,6 +175,57 @@ def test_pages_come_back_wherever_their_slots_are(data: st.DataObject) -> None:
     moved = [slot for page in chosen for slot in slots.reshape(pages, 8)[page].tolist() if slot >= 0]
     expected[moved] = source[moved]
     assert torch.equal(by_slot(), expected)
+
+
+@pytest.mark.parametrize(
+    ("block", "numbers", "skip", "lead", "outcomes", "lost", "changed"),
+    [
+        (4, (5, 2, 7, 0), 0, 0, (HIT, MISS), [0, 7], {5, 2}),
+        (4, (5, 2, 7, 0), 0, 4, (HIT, HIT), [], {2, 7, 0}),
+        (4, (5, 2, 7, 0), 0, 4, (CORRUPT, HIT), [2], {7, 0}),
+        (8, (3, 1), 0, 0, (MISS, HIT), [3], {1}),
+        (16, (1, 0), 0, 0, (HIT, HIT, MISS, HIT), [0], {1}),
+    ],
+    ids=["grouped", "its first block is there", "a bad page spares it", "alike", "split"],
+)
+def test_which_blocks_a_bad_page_costs(
+    block: int, numbers: tuple[int, ...], skip: int, lead: int, outcomes: tuple[int, ...], lost: list[int],
+    changed: set[int],
+) -> None:  # fmt: skip
+    """Pages of 8 tokens. What is not reported has arrived; blocks before `lead` are not touched."""
+    from hicache_ext.vllm.pages import Pages
+    from hicache_ext.vllm.sharing import SharedBlocks
+
+    values = numbered().unflatten(0, (-1, block)).permute(2, 3, 0, 1, 4, 5).contiguous()
+    target = torch.full_like(values, -1.0)
+    pages = Pages("r", bytes(32 * len(outcomes)), b"", numbers, skip, lead)
+    source = SharedBlocks(SHAPE, Strided([list(layer) for layer in values]), block, CopyBudget(1 << 24))
+    copy = source.outgoing(SPACE, replace(pages, lead=0), CopyBudget(1 << 24))
+    assert copy is not None
+    blocks = SharedBlocks(SHAPE, Strided([list(layer) for layer in target]), block, CopyBudget(1 << 24))
+    assert blocks.arrived(pages, copy, outcomes) == lost
+    for number in range(values.shape[2]):
+        now = target[:, :, number]
+        if number in changed:
+            assert torch.equal(now, values[:, :, number]), number
+        elif number not in numbers or numbers.index(number) * block < lead:
+            assert (now == -1.0).all(), number
+    assert source.staging.bytes == blocks.staging.bytes == 0
+
+
+def test_pages_in_the_middle_of_a_block() -> None:
+    """A block of 16 tokens of which the second page is to be saved."""
+    from hicache_ext.vllm.pages import Pages
+    from hicache_ext.vllm.sharing import SharedBlocks
+
+    values = numbered().unflatten(0, (-1, 16)).permute(2, 3, 0, 1, 4, 5).contiguous()
+    source = SharedBlocks(SHAPE, Strided([list(layer) for layer in values]), 16, CopyBudget(1 << 24))
+    copy = source.outgoing(SPACE, Pages("r", bytes(32), b"", (1,), 8), CopyBudget(1 << 24))
+    by_definition = batch(1)
+    gather(SHAPE, Strided(list(blocks(numbered()))), np.arange(24, 32), by_definition)
+    assert copy is not None
+    assert contents(copy) == contents(by_definition)
+    assert source.outgoing(SPACE, Pages("r", bytes(32), b"", (1,), 8), CopyBudget(1)) is None, "no room"
 
 
 def test_a_kernel_is_asked_how_it_packs() -> None:
