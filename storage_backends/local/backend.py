@@ -116,17 +116,27 @@ class LocalBackend(Backend):
         tier, removed = self._tier, 0
         if self._elsewhere:
             return 0
-        with tier.writers.claiming, self._lock:
-            for page in range(len(batch)):
-                known = self._index.get(batch.namespace.digest, batch.key(page))
-                if known is None:
-                    continue
-                extent = tier.extent(known.folder, known.extent)
-                if known.own and extent is not None and not known.pins:
+        with tier.writers.claiming:
+            with self._lock:
+                held = self._index.pin(batch.namespace.digest, batch.keys, None, False)
+                pages = [self._index.pinned(handle) for handle in held.handles]
+                ours = [(p, extent) for p in pages if p.own and (extent := tier.extent(p.folder, p.extent)) is not None]
+                for _, extent in ours:
+                    extent.pins += 1
+                for page in range(len(batch)):
+                    there = self._index.get(batch.namespace.digest, batch.key(page))
+                    if there is not None:
+                        tier.drop(there, "removed")
+                        removed += 1
+            # Their slots are nobody's yet. The log says that they are gone before these are cleared.
+            tier.writers.flush()
+            for known, extent in ours:
+                if known.pins == 1:  # nobody reads it
                     tier.erase(extent, known.slot)
-                tier.drop(known, "removed")
-                removed += 1
-        tier.writers.flush()
+            with self._lock:
+                freed = dict(zip(pages, self._index.unpin(held.handles), strict=True))
+                for known, extent in ours:
+                    tier.let_go(extent, known.slot, bool(freed[known]))
         return removed
 
     def going(self, most: int) -> list[tuple[bytes, bytes]]:

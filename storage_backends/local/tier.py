@@ -81,7 +81,7 @@ class Tier:
         self._zeroes = OwnedMemory(BLOCK)
         places = options.places
         self.several = len(places) > 1
-        peers: dict[int, Writer] = {}
+        peers = self._peers = dict[int, Writer]()
         around = Around(
             index, rules, self.lock, peers, options.engine, options.sqpoll, options.iopoll, self.several,
             options.metadata,
@@ -123,6 +123,14 @@ class Tier:
                     folder.extents[number] = extent
                 else:
                     extent.doom()
+
+    def let_go(self, extent: Extent, slot: int, free: bool) -> None:
+        """Unpin an extent. free: its slot held a page of ours that is gone."""
+        extent.unpin()
+        if free:
+            for writer in self._peers.values():
+                if writer.extents.get(extent.number) is extent:
+                    writer.give_back(extent, slot)
 
     def drop(self, page: Page, reason: str) -> None:
         """Stop serving a page. Another writer's page is only forgotten here: its slot is not ours to free."""

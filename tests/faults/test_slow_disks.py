@@ -344,3 +344,27 @@ def test_a_close_waits_for_an_extent_that_a_write_makes(
     assert store(again, chain("c", 8)) == [Outcome.HIT] * 8
     assert served(again, chain("a", 8)) == [Outcome.HIT] * 8
     assert [path.name for path in (tmp_path / "tier").glob("w*")] == ["w0"]
+
+
+def test_removed_pages_are_cleared_beside_everything_else(
+    tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = tier(tmp_path / "tier")
+    store(backend, chain("a", 8))
+    gate = Gate(monkeypatch, Tier, "erase")
+    removed: list[int] = []
+    remover = threading.Thread(target=lambda: removed.append(backend.remove(key_batch(SPACE, chain("a", 8)[6:]))))
+    remover.start()
+    assert gate.entered.wait(10)
+    assert backend.lookup_local(key_batch(SPACE, chain("a", 8))).tolist() == [1] * 6 + [0] * 2
+    assert store(backend, chain("b", 8)) == [Outcome.HIT] * 8, "in other slots"
+    assert not removed
+    gate.opened.set()
+    remover.join(20)
+    assert removed == [2]
+    assert served(backend, chain("a", 6) + chain("b", 8)) == [Outcome.HIT] * 14
+    writer = backend._disks.in_use[0].directory.writer
+    assert writer is not None
+    free = writer.free_count(SPACE.digest, False)
+    assert store(backend, chain("a", 8)) == [Outcome.HIT] * 8
+    assert writer.free_count(SPACE.digest, False) == free - 2, "and these slots are free again"
