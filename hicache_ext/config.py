@@ -109,6 +109,8 @@ class Config(BaseModel):
     """SGLang's host pool in huge pages, prefaulted (with the plugin, when our backend is on the command line)."""
     background_bytes: ByteSize = Field(default=ByteSize(512 << 20), ge=1 << 20)
     """Memory, for each tier, that may hold copies of pages on their way to it in the background."""
+    event_costs: bool = False
+    """KV events of stored pages say what loading them costs, once the tier's reads have been measured (`load_cost`)."""
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any]) -> Config:

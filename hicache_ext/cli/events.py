@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich import box
 from rich.console import Group
@@ -22,7 +23,7 @@ from rich.text import Text
 
 from hicache_ext.cli.events_publish import publish_command
 from hicache_ext.events.check import RULES, Checker
-from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored, Medium
+from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored, CostedBlockStored, Medium, name_of
 from hicache_ext.events.subscriber import Received, Subscriber
 from storage_backends.base import OptionError
 
@@ -182,7 +183,7 @@ def _wanted(kind: str, medium: str, block: int | None) -> Any:
         raise typer.Exit(2)
 
     def wanted(event: AnyEvent) -> bool:
-        if kinds and type(event).__name__ not in kinds:
+        if kinds and name_of(event) not in kinds:
             return False
         if not isinstance(event, BlockStored | BlockRemoved):
             return block is None and which is None
@@ -193,17 +194,19 @@ def _wanted(kind: str, medium: str, block: int | None) -> Any:
 
 def _row(got: Received, event: AnyEvent) -> dict[str, Any]:
     fields = {name: getattr(event, name) for name in event.__struct_fields__}
-    known = {name: value for name, value in fields.items() if value is not None}
+    known = {name: msgspec.to_builtins(value) for name, value in fields.items() if value is not None}
     batch = got.decoded.batch
-    return {"number": got.number, "ts": batch.ts, "dp_rank": batch.dp_rank, "type": type(event).__name__, **known}
+    return {"number": got.number, "ts": batch.ts, "dp_rank": batch.dp_rank, "type": name_of(event), **known}
 
 
 def _cells(got: Received, event: AnyEvent) -> tuple[str, ...]:
     batch = got.decoded.batch
     at = time.strftime("%H:%M:%S", time.localtime(batch.ts))
-    head = (at, str(got.number), "" if batch.dp_rank is None else str(batch.dp_rank), type(event).__name__)
+    head = (at, str(got.number), "" if batch.dp_rank is None else str(batch.dp_rank), name_of(event))
     if isinstance(event, BlockStored):
-        more = [text for text in (event.lora_name, event.cache_salt and "salted") if text]
+        cost = event.load_cost if isinstance(event, CostedBlockStored) else None
+        loads = cost and f"{cost.bytes_per_s / 1e9:.2g} GB/s, {cost.latency_s * 1e3:.2g} ms"
+        more = [text for text in (event.lora_name, event.cache_salt and "salted", loads) if text]
         first, parent = str(event.block_hashes[0]) if event.block_hashes else "", event.parent_block_hash
         return (*head, event.medium or "", str(len(event.block_hashes)), first, str(parent or ""), ", ".join(more))
     if isinstance(event, BlockRemoved):

@@ -56,6 +56,8 @@ def publish_command(
     For engines whose own stream does not tell of these tiers. It reads logs and headers, and writes nothing. Remote
     tiers cannot be listed, and are left out. Pages that the engine stored without their tokens are not announced.
 
+    SIGUSR1 makes it tell all readers everything again, after `AllBlocksCleared`: for a router that has lost its way.
+
     Nothing is encrypted, and events hold the prompts' tokens: mind who can reach an address beyond this machine.
     """
     try:
@@ -90,6 +92,7 @@ def _publish(
 ) -> None:
     announcer = Announcer()
     publisher = Publisher(options, announcer, rank)
+    signal.signal(signal.SIGUSR1, lambda *_: publisher.resync())
     try:
         store = TieredStore.open(config)
         follower = Follower(store, announcer, found.digest, publisher.wake)

@@ -1,7 +1,8 @@
 """What a router was told of the storage tiers, and what it must be told next.
 
 Belongs here: bookkeeping from residency changes to events, without I/O, clocks or threads of its own. Does not belong
-here: where changes come from (storage_backends, the adapters), or how events travel (publisher.py, the engine).
+here: where changes come from (storage_backends, the adapters), how blocks make up an event (chains.py), or how events
+travel (publisher.py, the engine).
 
 The state is two views of each block and medium: what is so, and what was said. `take` gives events that make the second
 equal to the first, so nothing is said twice, changes that cancel each other while nobody takes cost nothing, and what
@@ -25,16 +26,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
-
-from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored, Medium
+from hicache_ext.events.chains import Chains, rows
+from hicache_ext.events.model import AnyEvent, BlockRemoved, LoadCost, Medium
 from hicache_ext.page import KEY_BYTES, NAMESPACE_BYTES, split_keys
 from storage_backends.base import Notes
 
 #: Pages kept. Those beyond it are not announced, and counted.
 PAGES = 1 << 20
-#: Blocks of one BlockStored.
-CHAIN = 128
 #: Pages that one `take` looks over at most, when all must be looked at again: a few milliseconds.
 _LOOKED_AT = 4096
 
@@ -69,6 +67,7 @@ class Announcer:
         self._limit = limit
         self._lock = threading.Lock()
         self._tiers: dict[int, _Tier] = {}
+        self._costs: dict[int, LoadCost] = {}
         self._next = 0
         self._served: frozenset[bytes] | None = None
         self._pages: dict[bytes, _Page] = {}
@@ -93,6 +92,7 @@ class Announcer:
     def drop(self, tier: int) -> None:
         """The tier is gone, with all that it held."""
         with self._lock:
+            self._costs.pop(tier, None)
             if self._tiers.pop(tier, None) is not None:
                 self._changed()
 
@@ -103,6 +103,14 @@ class Announcer:
             if known is not None and known.visible != visible:
                 self._tiers[tier] = known._replace(visible=visible)
                 self._changed()
+
+    def price(self, tier: int, cost: LoadCost | None) -> None:
+        """What loading from the tier costs, as measured: stores say it from now on. What was said is not said again."""
+        with self._lock:
+            if cost is None or tier not in self._tiers:
+                self._costs.pop(tier, None)
+            else:
+                self._costs[tier] = cost
 
     def serve(self, namespaces: Iterable[bytes] | None) -> None:
         """Pages of these namespaces (digests) can be loaded, no others; None: of all."""
@@ -115,7 +123,7 @@ class Announcer:
     def stored(self, tier: int, namespace: bytes, keys: bytes, notes: Notes | None = None) -> None:
         """The tier holds these pages (n x 32 bytes). notes: what is known of them, which need not be told again."""
         split = split_keys(keys)
-        told = None if notes is None else _rows(notes, len(split))
+        told = None if notes is None else rows(notes, len(split))
         with self._lock:
             known = self._tiers.get(tier)
             if known is None:
@@ -132,7 +140,7 @@ class Announcer:
 
     def know(self, namespace: bytes, keys: bytes, notes: Notes) -> None:
         """What these pages are, wherever they are; of those that are nowhere it is forgotten."""
-        told = _rows(notes, len(keys) // KEY_BYTES)
+        told = rows(notes, len(keys) // KEY_BYTES)
         with self._lock:
             for at, key in enumerate(split_keys(keys)):
                 page = self._pages.get(namespace + key)
@@ -188,7 +196,7 @@ class Announcer:
         where all pages are to be looked at again, each call looks at some."""
         with self._lock:
             removed: dict[int, list[int]] = {}
-            stored = _Chains()
+            stored = Chains()
             left = limit
             self._look_over(limit)
             while left > 0 and self._dirty:
@@ -205,7 +213,9 @@ class Announcer:
                         chain = self._unsaid_chain(block, bit)
                         for member in reversed(chain[-max(1, left) :]):
                             self._say(member, self._said.get(member, 0) | bit)
-                            stored.add(medium, self._first(member))
+                            page = self._first(member)
+                            cost = self._cost(medium, page) if self._costs else None
+                            stored.add(_MEDIA[medium], page, cost)
                             left -= 1
                         if not self._said.get(block, 0) & bit:
                             self._dirty[block] = None  # its ancestors filled this turn
@@ -216,24 +226,6 @@ class Announcer:
             self._counts["stored"] += stored.blocks
             self._counts["removed"] += sum(map(len, removed.values()))
             return events
-
-    def snapshot(self) -> list[AnyEvent]:
-        """All that was said and holds, as stores, parents first: for a consumer that comes late."""
-        with self._lock:
-            stored = _Chains()
-            for medium in range(len(_MEDIA)):
-                bit = 1 << medium
-                given: set[int] = set()
-                for block in self._said:
-                    chain = []
-                    at = block
-                    while at and at not in given and self._said.get(at, 0) & bit and at in self._blocks:
-                        given.add(at)
-                        chain.append(at)
-                        at = self._first(at).parent
-                    for member in reversed(chain):
-                        stored.add(medium, self._first(member))
-            return stored.events
 
     @property
     def quiet(self) -> bool:
@@ -350,6 +342,15 @@ class Announcer:
                 wanted |= media
         return wanted
 
+    def _cost(self, medium: int, page: _Page) -> LoadCost | None:
+        """Of the fastest tier that has the page there."""
+        costs = [
+            cost
+            for number, cost in self._costs.items()
+            if (tier := self._tiers[number]).medium == medium and tier.visible and page.copies & tier.bit
+        ]
+        return max(costs, key=lambda cost: cost.bytes_per_s, default=None)
+
     def _unsaid_chain(self, block: int, bit: int) -> list[int]:
         """The block and those above it that are to be stored in this medium as well and were not yet, it first."""
         chain = [block]
@@ -366,50 +367,3 @@ class Announcer:
             self._said[block] = media
         else:
             self._said.pop(block, None)
-
-
-class _Chains:
-    """Pages to as few BlockStored events as they fit in."""
-
-    def __init__(self) -> None:
-        self.events: list[AnyEvent] = []
-        self.blocks = 0
-        self._last: BlockStored | None = None
-
-    def add(self, medium: int, page: _Page) -> None:
-        tokens = np.frombuffer(page.tokens, "<u4").tolist()
-        last = self._last
-        self.blocks += 1
-        if (
-            last is not None
-            and last.block_hashes[-1] == page.parent
-            and len(last.block_hashes) < CHAIN
-            and (last.medium, last.cache_salt or "", last.lora_name or "", last.block_size)
-            == (_MEDIA[medium].value, page.salt, page.lora, len(tokens))
-            and page.hash not in last.block_hashes
-        ):
-            last.block_hashes.append(page.hash)
-            last.token_ids.extend(tokens)
-            return
-        self._last = BlockStored(
-            block_hashes=[page.hash],
-            parent_block_hash=page.parent or None,
-            token_ids=tokens,
-            block_size=len(tokens),
-            lora_id=None,
-            medium=_MEDIA[medium].value,
-            cache_salt=page.salt or None,
-            lora_name=page.lora or None,
-        )
-        self.events.append(self._last)
-
-
-def _rows(notes: Notes, count: int) -> tuple[list[int], list[int], list[bytes]]:
-    """Hashes, parents' hashes and tokens, of each page."""
-    if len(notes.hashes) != count or len(notes.tokens) != count:
-        raise ValueError(f"notes of {len(notes.hashes)} pages for {count}")
-    hashes: list[int] = notes.hashes[:, 0].tolist()
-    parents: list[int] = notes.hashes[:, 1].tolist()
-    width = 4 * notes.tokens.shape[1]
-    flat = np.ascontiguousarray(notes.tokens, "<u4").tobytes()
-    return hashes, parents, [flat[i * width : (i + 1) * width] for i in range(count)]

@@ -116,6 +116,11 @@ class AllBlocksCleared(Event):
 AnyEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 
+def name_of(event: AnyEvent) -> str:
+    """The event's `type` on the wire."""
+    return str(event.__struct_config__.tag)
+
+
 class EventBatch(msgspec.Struct, array_like=True, gc=False):
     """What one message carries. ts: seconds since 1970."""
 
@@ -141,6 +146,10 @@ class _VllmStored(Event, tag="BlockStored"):
     session_id: str | None = None
 
 
+class _CostedVllmStored(_VllmStored, tag="BlockStored"):
+    load_cost: LoadCost | None = None
+
+
 class _VllmRemoved(Event, tag="BlockRemoved"):
     block_hashes: list[int]
     medium: str | None
@@ -152,13 +161,19 @@ class _VllmRemoved(Event, tag="BlockRemoved"):
 _VLLM_STORED = tuple(name for name in _VllmStored.__struct_fields__ if name in BlockStored.__struct_fields__)
 _VLLM_REMOVED = _VllmRemoved.__struct_fields__
 
+
+class _CostedBatch(EventBatch, array_like=True):
+    events: list[CostedBlockStored | BlockRemoved | AllBlocksCleared]  # type: ignore[assignment]
+
+
 _encoder = msgspec.msgpack.Encoder()
 _batches = msgspec.msgpack.Decoder(EventBatch)
+_costed = msgspec.msgpack.Decoder(_CostedBatch)
 _anything = msgspec.msgpack.Decoder()
 
 
 def encode(batch: EventBatch, dialect: Dialect = Dialect.SGLANG) -> bytes:
-    """The payload of one message. vLLM's has no field for a salt or a cost."""
+    """The payload of one message. vLLM's has no field for a salt."""
     if dialect is Dialect.SGLANG:
         return _encoder.encode(batch)
     return _encoder.encode((batch.ts, list(map(_as_vllm, batch.events)), batch.dp_rank))
@@ -166,7 +181,10 @@ def encode(batch: EventBatch, dialect: Dialect = Dialect.SGLANG) -> bytes:
 
 def _as_vllm(event: AnyEvent) -> Event:
     if isinstance(event, BlockStored):
-        return _VllmStored(**{name: getattr(event, name) for name in _VLLM_STORED})
+        fields = {name: getattr(event, name) for name in _VLLM_STORED}
+        if isinstance(event, CostedBlockStored):
+            return _CostedVllmStored(**fields, load_cost=event.load_cost)
+        return _VllmStored(**fields)
     if isinstance(event, BlockRemoved):
         return _VllmRemoved(**{name: getattr(event, name) for name in _VLLM_REMOVED})
     return event
@@ -202,6 +220,9 @@ def decode(payload: bytes) -> Decoded:
     """
     if payload[:1] == _THREE_ITEMS:
         try:
+            if b"load_cost" in payload:
+                read = _costed.decode(payload)
+                return Decoded(EventBatch(read.ts, list(map(_plain, read.events)), read.dp_rank))
             return Decoded(_batches.decode(payload))
         except _UNREADABLE:
             pass
@@ -222,6 +243,13 @@ def decode(payload: bytes) -> Decoded:
         problems.append(f"rank is {rank!r}")
         rank = None
     return Decoded(EventBatch(float(ts), list(_events(found[1], problems)), rank), tuple(problems))
+
+
+def _plain(event: AnyEvent) -> AnyEvent:
+    """A store that says no cost is of the class that has none."""
+    if isinstance(event, CostedBlockStored) and event.load_cost is None:
+        return BlockStored(**{name: getattr(event, name) for name in BlockStored.__struct_fields__})
+    return event
 
 
 def _events(found: list[Any], problems: list[str]) -> Iterable[AnyEvent]:

@@ -1,7 +1,7 @@
 """An event stream of our own: a thread that takes what is to be said from a source and sends it to who subscribed.
 
-Belongs here: sockets, sequence numbers, what was sent lately, starting over. Does not belong here: what is to be said
-(announcer.py, queue.py: a `Source`), or its bytes (model.py).
+Belongs here: sockets, their thread, starting over. Does not belong here: what is to be said (announcer.py, queue.py: a
+`Source`), its bytes (model.py), what was sent lately and under which numbers (sent.py).
 
 Nobody who has something to say ever waits: `wake` sets a flag. Who says faster than readers read is slowed by nothing
 either: the source is asked for the next events when there is room, and says then what is so, not what came to pass.
@@ -26,8 +26,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -45,15 +44,14 @@ from hicache_ext.events.model import (
     EventBatch,
     encode,
 )
+from hicache_ext.events.sent import Numbers, Sent
 from storage_backends.base import OptionError
 
 logger = logging.getLogger(__name__)
 
-#: Seconds to wait for more after the first event: one batch costs hardly more than one event.
+#: Seconds between two batches, as long as there is less to say than one holds: one costs hardly more than one event.
 _GATHER = 0.001
 _BEAT_SECONDS = 1.0
-#: Sequence numbers that a `sequence_file` is ahead, so that it is written once in a while.
-_AHEAD = 1 << 20
 _CLOSE_SECONDS = 2.0
 
 
@@ -129,11 +127,11 @@ class Publisher:
             raise
         self.endpoint = self._live.getsockopt_string(zmq.LAST_ENDPOINT)
         self.replay_endpoint = self._replay.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._numbers = _Numbers(options.sequence_file)
-        self._sent = _Sent(options.replay_bytes)
+        self._numbers = Numbers(options.sequence_file)
+        self._sent = Sent(options.replay_bytes)
         self._subscribers = 0
         self._counts: Counter[str] = Counter()
-        self._time = 0.0
+        self._time = self._last = 0.0
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._asleep = False
         self._again = False
@@ -248,8 +246,9 @@ class Publisher:
         self._asleep = False  # what is said from now on is looked for, at the latest, before the next sleep
         if self._bell in ready:
             os.eventfd_read(self._bell)
-            if gather:
-                time.sleep(_GATHER)
+            # The first event goes at once; those that come right after a batch wait for each other.
+            if gather and (left := self._last + _GATHER - time.monotonic()) > 0:
+                time.sleep(left)
         if self._live in ready:
             self._subscriptions()
         if self._replay in ready:
@@ -291,6 +290,7 @@ class Publisher:
         number = self._numbers.take()
         payload = encode(EventBatch(self._time, events, self._rank), self._options.dialect)
         self._live.send_multipart((self._topic, number.to_bytes(SEQUENCE_BYTES, "big"), payload), copy=False)
+        self._last = time.monotonic()
         self._sent.add(number, payload)
         self._counts["batches"] += 1
         self._counts["events"] += len(events)
@@ -316,84 +316,3 @@ def _received(socket: zmq.Socket[bytes]) -> list[bytes] | None:
         return socket.recv_multipart(zmq.NOBLOCK)
     except zmq.Again:
         return None
-
-
-class _Sent:
-    """Batches sent lately, oldest first: all since the last `AllBlocksCleared`, or the last `limit` bytes of them.
-
-    What one telling of everything takes is not counted against the limit: who asks just after it can be given it.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._batches: deque[tuple[int, bytes]] = deque()
-        self._whole = False
-        self._telling = False
-        self._story = 0
-        self.bytes = 0
-
-    def begin(self) -> None:
-        """What comes next is a telling of everything."""
-        self.forget()
-        self._whole = self._telling = True
-
-    def told(self) -> None:
-        """That telling has ended, if there was one."""
-        if self._telling:
-            self._telling = False
-            self._story = self.bytes
-
-    def forget(self) -> None:
-        self._batches.clear()
-        self._whole = self._telling = False
-        self._story = self.bytes = 0
-
-    def add(self, number: int, payload: bytes) -> None:
-        self._batches.append((number, payload))
-        self.bytes += len(payload)
-        while not self._telling and self.bytes > self._limit + self._story:
-            _, oldest = self._batches.popleft()
-            self.bytes -= len(oldest)
-            self._whole = False
-
-    def covers(self, start: int) -> bool:
-        """Whether a reader that is given all from `start` on then knows all."""
-        return self._whole or bool(self._batches and start >= self._batches[0][0])
-
-    def since(self, start: int) -> Iterable[tuple[int, bytes]]:
-        return (batch for batch in self._batches if batch[0] >= start)
-
-
-class _Numbers:
-    """Sequence numbers that only grow, over restarts as well."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
-        self._reserved = 0
-        self.next = int(time.time() * 1e6)
-        if file is not None:
-            try:
-                self.next = max(self.next, int(file.read_text()))
-            except FileNotFoundError:
-                pass
-            except (OSError, ValueError) as error:
-                raise OptionError("sequence_file", str(file), f"cannot be read: {error}", "remove it") from error
-            self._reserve()
-
-    def take(self) -> int:
-        number, self.next = self.next, self.next + 1
-        if self._file is not None and number >= self._reserved:
-            self._reserve()
-        return number
-
-    def _reserve(self) -> None:
-        assert self._file is not None
-        self._reserved = self.next + _AHEAD
-        fresh = self._file.with_name(self._file.name + ".new")
-        try:
-            fresh.write_text(str(self._reserved))
-            fresh.replace(self._file)
-        except OSError as error:
-            raise OptionError(
-                "sequence_file", str(self._file), f"cannot be written: {error}", "a folder that can be written"
-            ) from error

@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable
 
 from hicache_ext.events.announcer import Announcer
-from hicache_ext.events.model import Medium
+from hicache_ext.events.model import LoadCost, Medium
 from hicache_ext.store.health import State
 from hicache_ext.store.inject import FaultyStore
+from hicache_ext.store.tier import Tier
 from hicache_ext.store.tiered import TieredStore
 from storage_backends.base import Notes, Residency
 
@@ -24,7 +25,7 @@ class Watch:
     """Between a store and an announcer, from now to `close`. The store must not have served pages before.
 
     served: digest of the namespace whose pages can be had, None while there is none; pages of others are not announced.
-    wake: called when there may be something to say.
+    wake: called when there may be something to say. costs: whether stores say what loading costs, where it is measured.
     """
 
     def __init__(
@@ -33,11 +34,12 @@ class Watch:
         announcer: Announcer,
         served: Callable[[], bytes | None],
         wake: Callable[[], None],
+        costs: bool = False,
     ) -> None:
         self.store = store
         self.namespace: bytes | None = None
         """The one served last."""
-        self._announcer, self._served, self._wake = announcer, served, wake
+        self._announcer, self._served, self._wake, self._costs = announcer, served, wake, costs
         self._numbers: dict[int, int | None] = {}  # by tier; None where its medium is not announced
         self._names: list[bytes] = []
         self._closed = False
@@ -64,6 +66,8 @@ class Watch:
             number = self._numbers.get(index)
             if number is not None:
                 self._announcer.show(number, tier.reads.state is State.CLOSED)
+                if self._costs:
+                    self._announcer.price(number, _cost_of(tier))
             if namespace is not None and not self._closed:
                 more |= tier.backend.tell(namespace)
         if not self._names:
@@ -93,3 +97,10 @@ class Watch:
         else:
             self._announcer.removed(number, namespace, keys)
         self._wake()
+
+
+def _cost_of(tier: Tier) -> LoadCost | None:
+    """As measured by the reads so far, to two digits, so that it does not change with each of them."""
+    if tier.cost.byte_seconds <= 0:
+        return None
+    return LoadCost(float(f"{1 / tier.cost.byte_seconds:.1e}"), float(f"{tier.cost.batch_seconds:.1e}"))

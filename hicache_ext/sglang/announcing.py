@@ -26,8 +26,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from hicache_ext.events.announcer import Announcer
-from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored
+from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored, CostedBlockStored, LoadCost
 from hicache_ext.events.watch import Watch
 from hicache_ext.sglang.naming import Naming
 from storage_backends.base import Notes
@@ -56,6 +58,7 @@ class TierEvents:
         self._adapter: weakref.ref[Any] | None = None
         self._lock = threading.Lock()
         self._wake = threading.Event()
+        self._look = False  # whether the tiers are to be asked at once, and not when their turn comes
         self._thread: threading.Thread | None = None
         self._said = False
         self.moved = self.clears = 0  # blocks that SGLang's publisher got; flushes
@@ -113,8 +116,10 @@ class TierEvents:
             if self._convert is None:
                 return
             self._detach()
-            self._attached = Watch(adapter.store, self.announcer, adapter.served_namespace, self._wake.set)
+            costs = adapter.config.event_costs
+            self._attached = Watch(adapter.store, self.announcer, adapter.served_namespace, self._wake.set, costs)
             self._start()
+        self._look = True
         self._wake.set()
 
     def detach(self, adapter: Any) -> None:
@@ -148,22 +153,26 @@ class TierEvents:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        busy = False
+        turn = 0.0
         while True:
-            self._wake.wait(_BUSY_SECONDS if busy else _TURN_SECONDS)
+            self._wake.wait(max(0.0, turn - time.monotonic()))
             self._wake.clear()
             try:
-                attached = self._attached
-                busy = attached is not None and attached.turn()
-                busy |= self._compose()
+                # What a tier reports is said at once; the tiers are asked when their turn comes, however much they say.
+                if self._look or time.monotonic() >= turn:
+                    self._look = False
+                    turn = time.monotonic() + _TURN_SECONDS
+                    attached = self._attached
+                    if attached is not None and attached.turn():
+                        turn = time.monotonic() + _BUSY_SECONDS
+                self._compose()
             except Exception:
-                busy = False
                 if not self._said:
                     self._said = True
                     logger.exception("KV events of the storage tiers: a turn failed (said once)")
 
-    def _compose(self) -> bool:
-        """Make events ready, as many as there is room for; whether there may be more to say."""
+    def _compose(self) -> None:
+        """Make events ready, as many as there is room for."""
         convert = self._convert
         assert convert is not None
         while self._made - self._moved < _READY_BLOCKS:
@@ -173,10 +182,9 @@ class TierEvents:
                     self._made += blocks
                     self._ready.append((blocks, convert(event)))
             if self.announcer.quiet:
-                return False
+                return
             time.sleep(0)  # the engine's threads first
         self._full = True
-        return False
 
     def _tokens_of(self, keys: Sequence[bytes]) -> list[bytes | None]:
         attached = self._attached
@@ -211,8 +219,15 @@ def _recorder(tree: Any) -> Any:
 
 
 def _converter(events: Any) -> Callable[[AnyEvent], Any]:
-    """Our events to SGLang's own classes, with the fields that this version has."""
-    kinds = {BlockStored: events.BlockStored, BlockRemoved: events.BlockRemoved}
+    """Our events to SGLang's own classes, with the fields that this version has.
+
+    A store that says its cost is a class of SGLang's with one field more, where events are maps: readers pass it over.
+    """
+    kinds = {BlockStored: events.BlockStored, BlockRemoved: events.BlockRemoved, CostedBlockStored: events.BlockStored}
+    if not events.BlockStored.__struct_config__.array_like:
+        kinds[CostedBlockStored] = msgspec.defstruct(
+            "CostedBlockStored", [("load_cost", LoadCost | None, None)], bases=(events.BlockStored,), tag="BlockStored"
+        )
     fields = {
         ours: [f for f in theirs.__struct_fields__ if f in ours.__struct_fields__] for ours, theirs in kinds.items()
     }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hicache_ext.events.announcer import Announcer
-from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored
+from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored, CostedBlockStored, LoadCost
 from storage_backends.base import Notes
 
 PAGE = 4
@@ -42,7 +42,6 @@ class Consumer:
 
     def __init__(self) -> None:
         self.view: set[tuple[str, int]] = set()
-        self.stores: list[int] = []
 
     def hear(self, events: list[AnyEvent]) -> None:
         for event in events:
@@ -57,7 +56,6 @@ class Consumer:
                     continue
                 assert place not in self.view, "stored twice"
                 self.view.add(place)
-                self.stores.append(block)
                 number = next(b for b in range(BLOCKS) if event_hash(b) == block)
                 assert event.block_size == PAGE
                 assert event.token_ids[at * PAGE : (at + 1) * PAGE] == [number * 100 + i for i in range(PAGE)]
@@ -161,20 +159,6 @@ class Residency(RuleBasedStateMachine):
         drain(self.announcer, self.consumer, limit)
         assert self.consumer.view == self.wanted()
 
-    @rule()
-    def latecomer(self) -> None:
-        late = Consumer()
-        late.hear(self.announcer.snapshot())
-        drain(self.announcer, self.consumer)
-        # What it missed meanwhile is not tested here: it saw a view that was so when it asked.
-        late = Consumer()
-        late.hear(self.announcer.snapshot())
-        assert late.view == self.consumer.view == self.wanted()
-        above = {event_hash(b): 0 if ABOVE[b] < 0 else event_hash(ABOVE[b]) for b in range(BLOCKS)}
-        for at, block in enumerate(late.stores):
-            if len(late.stores) == len({block for _, block in late.view}):  # in one medium
-                assert above[block] in (0, *late.stores[:at]) or above[block] not in late.stores
-
     @invariant()
     def counts_add_up(self) -> None:
         stats = self.announcer.stats()
@@ -228,6 +212,37 @@ def test_beyond_the_limit_pages_are_counted_and_not_announced() -> None:
     drain(announcer, consumer)
     assert len(consumer.view) == 2
     assert announcer.stats()["over_limit"] == 2
+
+
+def test_a_measured_cost_is_said_with_stores_and_ends_a_chain_where_it_changes() -> None:
+    announcer = Announcer()
+    slow, fast, remote = announcer.add("DISK"), announcer.add("DISK"), announcer.add("EXTERNAL")
+
+    def store(tier: int, blocks: list[int]) -> list[AnyEvent]:
+        announcer.stored(tier, SPACES[0], b"".join(map(key, blocks)), notes(blocks))
+        return announcer.take()
+
+    (event,) = store(slow, [0])
+    assert type(event) is BlockStored, "nothing was measured"
+    announcer.price(slow, LoadCost(1e9, 1e-3))
+    announcer.price(fast, LoadCost(3e9, 2e-3))
+    (event,) = store(slow, [1])
+    assert isinstance(event, CostedBlockStored)
+    assert event.load_cost == LoadCost(1e9, 1e-3)
+    announcer.stored(fast, SPACES[0], key(2), notes([2]))
+    events = store(slow, [2, 3])
+    assert [(event.block_hashes, event.load_cost) for event in events] == [  # type: ignore[union-attr]
+        ([event_hash(2)], LoadCost(3e9, 2e-3)),  # of the fastest that has it
+        ([event_hash(3)], LoadCost(1e9, 1e-3)),
+    ]
+    (event,) = store(remote, [3])
+    assert type(event) is BlockStored, "another medium, not measured"
+    announcer.price(slow, LoadCost(2e9, 1e-3))
+    assert announcer.take() == [], "another cost alone is no event"
+    announcer.price(slow, None)
+    announcer.clear()
+    said = [event for event in announcer.take() if isinstance(event, CostedBlockStored)]
+    assert [event.block_hashes for event in said] == [[event_hash(2)]]
 
 
 def test_a_dropped_removal_is_seen_by_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:

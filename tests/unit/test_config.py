@@ -42,6 +42,7 @@ def test_sglang_keys_are_accepted_and_not_ours() -> None:
     config = Config.load({"tiers": [TIER], **dict.fromkeys(SGLANG_KEYS, 1)})
     assert set(config.model_dump()) == {
         "tiers", "model", "salt", "host_huge_pages", "background_bytes", "share", "share_page",
+        "event_costs",
     }  # fmt: skip
 
 

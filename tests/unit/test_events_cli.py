@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -143,6 +144,14 @@ def test_publish_beside_an_engine(tmp_path: Path) -> None:
             save(engine, second)
             engine.remove(key_batch(SPACE, first[5:]))
             wait(lambda: reader.view.held() == {Medium.DISK: set(map(number, first[:5] + second))})
+            reader.view.media[Medium.DISK][12345] = None
+            process.send_signal(signal.SIGUSR1)
+            wait(lambda: reader.view.held() == {Medium.DISK: set(map(number, first[:5] + second))})
+            assert reader.cleared() == 2
+            with socket.create_server(("127.0.0.1", 0)) as other:
+                taken = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+                code, text = call("publish", "--config", str(config), "--endpoint", taken, "--replay", taken)
+            assert (code, "address already in use" in text) == (2, True), text
             reader.close()
             assert sorted(path.name for path in folder.iterdir()) == files
             process.send_signal(signal.SIGTERM)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import enum
 import os
+import subprocess
 import typing
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -26,7 +28,9 @@ from hicache_ext.events.model import (
     Medium,
     decode,
     encode,
+    name_of,
 )
+from hicache_ext.sglang import announcing
 
 STORED = BlockStored([-2, 2**62], 7, [1, 2, 300, 70000], 2, None, "DISK")
 BATCH = EventBatch(1.5, [STORED, BlockRemoved([-2], "EXTERNAL"), AllBlocksCleared()], 3)
@@ -150,19 +154,61 @@ def test_round_trip(data: st.DataObject, dialect: Dialect, ts: float, rank: int 
     assert decode(encode(batch, dialect)) == Decoded(batch)
 
 
+COSTED = CostedBlockStored(
+    **{name: getattr(STORED, name) for name in STORED.__struct_fields__}, load_cost=LoadCost(1.8e9, 0.0004)
+)
+#: A store that says a cost, and events beside it: what a reader that does not know the field must read all the same.
+COSTS = EventBatch(1.5, [COSTED, *BATCH.events], 3)
+WITHOUT_COSTS = EventBatch(1.5, [STORED, *BATCH.events], 3)
+
+
+def test_a_cost_is_read_where_there_is_one() -> None:
+    payload = encode(COSTS)
+    assert b"load_cost" in payload
+    assert decode(payload) == Decoded(COSTS)
+    assert {name_of(event) for event in COSTS.events} == {"BlockStored", "BlockRemoved", "AllBlocksCleared"}
+    assert decode(encode(COSTS, Dialect.VLLM)) == Decoded(COSTS)
+
+
 @pytest.mark.sglang
 @pytest.mark.parametrize("source", sglang_sources(), ids=str)
-def test_a_cost_is_passed_over(source: Path) -> None:
-    """By SGLang's decoder, and ours. vLLM's is the same msgspec with its own classes; for Dynamo's see tests/router."""
-    costed = CostedBlockStored(**{name: getattr(STORED, name) for name in STORED.__struct_fields__})
-    costed.load_cost = LoadCost(1.8e9, 0.0004)
-    payload = encode(EventBatch(1.5, [costed], 3))
-    assert b"load_cost" in payload
-    assert decode(payload) == Decoded(EventBatch(1.5, [STORED], 3))
+def test_sglang_writes_costs_and_reads_past_them(source: Path) -> None:
     classes = engine_classes(source)
-    if classes["BlockStored"].__struct_config__.array_like is False:
-        reader = msgspec.msgpack.Decoder(classes["KVEventBatch"])
-        assert reader.decode(payload) == in_engine(classes, EventBatch(1.5, [STORED], 3))
+    convert = announcing._converter(SimpleNamespace(**classes))
+    batch = classes["KVEventBatch"](1.5, [convert(COSTED), convert(STORED)], 3)
+    payload = msgspec.msgpack.encode(batch)
+    reader = msgspec.msgpack.Decoder(classes["KVEventBatch"])
+    plain = in_engine(classes, EventBatch(1.5, [STORED, STORED], 3))
+    assert reader.decode(payload) == plain
+    if classes["BlockStored"].__struct_config__.array_like:
+        assert payload == msgspec.msgpack.encode(plain), "0.5.17 writes arrays, which have no place for it"
+    else:
+        assert decode(payload) == Decoded(EventBatch(1.5, [COSTED, STORED], 3))
+        assert reader.decode(encode(COSTS)) == in_engine(classes, WITHOUT_COSTS)
+
+
+VLLM = Path(os.environ.get("VLLM_PYTHON") or Path(__file__).parents[2] / "build/vllm/bin/python")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM.exists(), reason="needs make vllm-env")
+def test_vllm_reads_past_costs() -> None:
+    """vLLM's own decoder, as its subscribers use it, in vLLM's environment."""
+    code = """
+import sys, msgspec
+from vllm.distributed.kv_events import KVEventBatch
+reader = msgspec.msgpack.Decoder(KVEventBatch)
+costed, plain = (reader.decode(bytes.fromhex(word)) for word in sys.argv[1:])
+kinds = [type(event).__name__ for event in costed.events]
+assert kinds == ["BlockStored", "BlockStored", "BlockRemoved", "AllBlocksCleared"], kinds
+assert costed == plain and costed.events[0].block_hashes == [-2, 2**62], costed
+print("passed over")
+"""
+    words = [encode(batch, Dialect.VLLM).hex() for batch in (COSTS, WITHOUT_COSTS)]
+    assert words[0] != words[1]
+    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    done = subprocess.run([str(VLLM), "-c", code, *words], capture_output=True, text=True, timeout=300, env=env)
+    assert "passed over" in done.stdout, done.stderr
 
 
 def test_fields_that_nobody_knows_are_read_past() -> None:

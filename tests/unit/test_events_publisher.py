@@ -262,17 +262,29 @@ def test_a_source_that_fails_is_asked_again(stage: Stage, caplog: pytest.LogCapt
     ]
 
 
-def test_a_taken_port_is_named() -> None:
+def test_a_taken_port_is_named_and_who_has_it_is_not_disturbed() -> None:
     store = Store()
     first = Publisher(PublisherOptions(endpoint="tcp://127.0.0.1:*", replay_endpoint="tcp://127.0.0.1:*"), store.queue)
+    store.wake = first.wake
+    reader = Reader(first.endpoint, first.replay_endpoint)
     try:
+        store.change(50)
+        wait(lambda: reader.agrees(store))
         with pytest.raises(OptionError, match=r"replay_endpoint.*address already in use.*another port"):
             Publisher(
                 PublisherOptions(endpoint="tcp://127.0.0.1:*", replay_endpoint=first.replay_endpoint), store.queue
             )
+        store.change(50)
+        wait(lambda: reader.agrees(store))
+        assert reader.cleared() == 1
     finally:
         first.close()
     again = Publisher(PublisherOptions(endpoint=first.endpoint, replay_endpoint=first.replay_endpoint), store.queue)
+    store.wake = again.wake
+    store.change(50)
+    wait(lambda: reader.agrees(store))
+    assert reader.cleared() == 2
+    reader.close()
     again.close()
     with pytest.raises(OptionError, match="endpoint"):
         Publisher(PublisherOptions(endpoint="tcp://203.0.113.7:5557", replay_endpoint="tcp://127.0.0.1:*"), store.queue)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import OrderedDict
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 
 from hicache_ext.config import Config
-from hicache_ext.events.model import AllBlocksCleared, BlockRemoved
+from hicache_ext.events.model import AllBlocksCleared, BlockRemoved, CostedBlockStored, LoadCost
 from hicache_ext.page import Namespace
+from hicache_ext.sglang import announcing
 from hicache_ext.sglang.announcing import TierEvents, _WithTiers
-from hicache_ext.store import TieredStore
+from hicache_ext.store import NO_TIER, TieredStore
 from storage_backends.base import Capabilities, Notes, Outcome
 from tests.dictionary import DictionaryBackend
 from tests.pages import HostPool, chain, key_batch, namespace
@@ -40,12 +42,14 @@ class Remote(DictionaryBackend):
 class Worker:
     """A store, and a router's view of what this worker announces."""
 
-    def __init__(self, tier: dict[str, Any]) -> None:
-        self.store = TieredStore.open(Config.load({"tiers": [tier]}))
+    def __init__(self, tier: dict[str, Any], **config: Any) -> None:
+        self.config = Config.load({"tiers": [tier], **config})
+        self.store = TieredStore.open(self.config)
         self.space: Namespace | None = SPACE
         self.events = TierEvents()
         self.events._convert = lambda event: event
         self.view: set[tuple[str, int]] = set()
+        self.costs: list[LoadCost] = []
         self.events.attach(self)
 
     def served_namespace(self) -> bytes | None:
@@ -58,6 +62,8 @@ class Worker:
             if isinstance(event, AllBlocksCleared):
                 self.view.clear()
                 continue
+            if isinstance(event, CostedBlockStored) and event.load_cost is not None:
+                self.costs.append(event.load_cost)
             for block in event.block_hashes:
                 place = (event.medium, block)
                 if isinstance(event, BlockRemoved):
@@ -76,11 +82,15 @@ class Worker:
             time.sleep(0.005)
 
     def write(self, keys: list[bytes]) -> None:
+        assert self.store_pages(keys) == {Outcome.HIT}
+
+    def store_pages(self, keys: list[bytes]) -> set[Outcome]:
         notes = notes_of(keys)
         batch = HostPool(SPACE, len(keys)).write_batch(keys)
         batch = replace(batch, tokens=notes.tokens, event_hashes=notes.hashes)
-        assert set(self.store.write(batch).result(30)) == {Outcome.HIT}
+        outcomes = set(self.store.write(batch).result(30))
         self.events.know(SPACE.digest, batch.keys, notes)  # as the adapter does: not every backend reports them
+        return outcomes
 
     def close(self) -> None:
         self.events.detach(self)
@@ -150,6 +160,69 @@ def test_of_a_server_a_worker_announces_what_it_saw_and_can_name(worker: Callabl
     writer.sees("EXTERNAL", keys[3:])
     reader.store.lookup(key_batch(SPACE, keys))
     reader.sees("EXTERNAL", keys[3:6])
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_costs_are_said_once_reads_are_measured_and_if_they_are_asked_for(tmp_path: Path, on: bool) -> None:
+    one = Worker({"type": "local", "path": str(tmp_path), "capacity": "64MiB", "engine": "threads"}, event_costs=on)
+    try:
+        keys = chain("a", 20)
+        one.write(keys)
+        one.sees("DISK", keys)
+        assert not one.costs, "nothing was read yet"
+        assert set(one.store.read(HostPool(SPACE, 20).batch(keys)).result(30)) == {Outcome.HIT}
+        until = time.monotonic() + (20 if on else 0.6)
+        more: list[bytes] = []
+        while not one.costs and time.monotonic() < until:
+            more += chain(f"more {len(more)}", 5)
+            one.write(more[-5:])
+            one.sees("DISK", keys + more)
+        assert bool(one.costs) is on
+        assert all(cost.bytes_per_s > 0 and cost.latency_s >= 0 for cost in one.costs)
+    finally:
+        one.close()
+
+
+def test_threads_that_store_and_remove_the_same_pages_end_in_what_the_tier_holds(
+    worker: Callable[[dict[str, Any]], Worker], tmp_path: Path
+) -> None:
+    """Reports of one page come from several I/O threads; a router believes the last of them."""
+    one = worker({"type": "local", "path": str(tmp_path), "capacity": "64MiB", "engine": "threads"})
+    keys = chain("shared", 40)
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(40):
+            some = keys[(at := draw.randrange(40)) : at + draw.randrange(1, 12)]
+            if draw.random() < 0.6:
+                one.store_pages(some)
+            else:
+                one.store.remove(key_batch(SPACE, some))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        one.hear()
+        time.sleep(0.002)
+    there = one.store.lookup(key_batch(SPACE, keys)) != NO_TIER
+    assert there.sum() > 0
+    one.sees("DISK", [key for key, has in zip(keys, there, strict=True) if has])
+
+
+def test_what_a_tier_reports_does_not_wait_for_the_tiers_turn(
+    worker: Callable[[dict[str, Any]], Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcing, "_TURN_SECONDS", 3600.0)
+    one = worker({"type": "local", "path": str(tmp_path), "capacity": "64MiB", "engine": "threads"})
+    keys = chain("a", 20)
+    for at in range(0, 20, 5):
+        one.write(keys[at : at + 5])
+        one.sees("DISK", keys[: at + 5])
+    one.store.remove(key_batch(SPACE, keys[7:]))
+    one.sees("DISK", keys[:7])
+    one.hear(cleared=True)
+    one.sees("DISK", keys[:7])
 
 
 def test_flushes_between_stores_and_removals_lose_nothing(
