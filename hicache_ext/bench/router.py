@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-import urllib.request
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hicache_ext.bench.dynamo import Service
 from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored, Medium
 from hicache_ext.events.publisher import Publisher, PublisherOptions
 from hicache_ext.events.queue import EventQueue
@@ -27,7 +29,6 @@ from hicache_ext.events.queue import EventQueue
 TRACE_BLOCK, BLOCK = 512, 16
 #: Requests on their way at a time.
 _OPEN = 8
-_SETTLE_SECONDS = 0.003
 
 
 class Request(NamedTuple):
@@ -37,9 +38,17 @@ class Request(NamedTuple):
 
 
 def read(trace: Path, limit: int) -> list[Request]:
-    """The first `limit` requests of a Mooncake trace."""
+    """The first `limit` requests of a Mooncake trace. ValueError: which line is not one."""
+    requests = []
     with trace.open() as lines:
-        return [Request(tuple(json.loads(line)["hash_ids"])) for line, _ in zip(lines, range(limit), strict=False)]
+        for number, line in enumerate(islice(lines, limit), 1):
+            try:
+                requests.append(Request(tuple(map(int, json.loads(line)["hash_ids"]))))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{trace}, line {number}: no trace: JSON lines with `hash_ids` are expected"
+                ) from error
+    return requests
 
 
 class Worker:
@@ -69,9 +78,14 @@ class Worker:
         self.publisher.wake()
         return found
 
-    def quiet(self) -> bool:
-        """Whether all that was to be said was sent."""
-        return self._queue.waiting == 0
+    def reach(self, blocks: Sequence[int]) -> tuple[int, int]:
+        """How many of these a router that was told everything finds on the device, and with what lies below."""
+        at, found = 0, []
+        for medium in (Medium.DEVICE, Medium.DISK):
+            while medium in self._told and at < len(blocks) and blocks[at] in self._held[medium]:
+                at += 1
+            found.append(at)
+        return found[0], found[1]
 
     def _keep(self, medium: Medium, blocks: Sequence[int]) -> Iterator[AnyEvent]:
         held = self._held[medium]
@@ -98,22 +112,8 @@ def _tokens(block: int) -> list[int]:
     return [block >> 16, block & 0xFFFF, *range(BLOCK - 2)]
 
 
-class Router:
-    """`python -m dynamo.select_service` at this address."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
-
-
 def run(
-    router: Router,
+    router: Service,
     requests: Sequence[Request],
     workers: int,
     device: int,
@@ -155,9 +155,9 @@ def run(
                 taken[chosen] += 1
                 reused += found
                 total += len(request.blocks)
-                if told:
-                    _wait(made[chosen].quiet)
-                    time.sleep(_SETTLE_SECONDS)
+                if told:  # so that what counts is what the router was told, and not how fast this machine is
+                    asked = {"model_name": model, "token_ids": tokens}
+                    _wait(partial(_knows, router, asked, base + chosen, made[chosen].reach(request.blocks)))
             for number in range(workers) if told else ():
                 router.ask("DELETE", f"/workers/{base + number}")
         finally:
@@ -165,6 +165,11 @@ def run(
                 worker.publisher.close()
     return {"workers": workers, "how": how, "reused": reused / total, "tokens": total * TRACE_BLOCK,
             "busiest": max(taken) / len(requests)}  # fmt: skip
+
+
+def _knows(router: Service, asked: dict[str, Any], worker: int, wanted: tuple[int, int]) -> bool:
+    scores = router.ask("POST", "/overlap_scores", asked)["workers"]
+    return wanted in [(one["device_blocks"], one["disk_blocks"]) for one in scores if one["worker_id"] == worker]
 
 
 def _wait(condition: Callable[[], bool], seconds: float = 30.0) -> None:

@@ -12,6 +12,7 @@ from hicache_ext.cli.bench_copy import copy_command
 from hicache_ext.cli.bench_events import events_command
 from hicache_ext.cli.bench_events_scheduler import events_scheduler_command
 from hicache_ext.cli.bench_index import index_command
+from hicache_ext.cli.bench_indexer import indexer_command
 from hicache_ext.cli.bench_io import io_command
 from hicache_ext.cli.bench_policy import policy_command
 from hicache_ext.cli.bench_router import router_command
@@ -28,6 +29,7 @@ app.command("serve")(serve_command)
 app.command("tiers")(tiers_command)
 app.command("events-scheduler")(events_scheduler_command)
 app.command("events")(events_command)
+app.command("indexer")(indexer_command)
 app.command("router")(router_command)
 app.command("vllm-scheduler")(vllm_scheduler_command)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hicache_ext.bench.router import Request, Router, Worker, run
+from hicache_ext.bench.dynamo import Service
+from hicache_ext.bench.router import Request, Worker, run
 from hicache_ext.events.model import Medium
 from tests.netns import Host
 
@@ -33,7 +34,7 @@ def test_a_run_through_dynamo() -> None:
             stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, env={**os.environ, "DYN_LOG": "error"},
         )  # fmt: skip
         with host.inside():
-            router = Router("http://127.0.0.1:8092")
+            router = Service("http://127.0.0.1:8092")
             until = time.monotonic() + 60
             while True:
                 try:
