@@ -175,9 +175,13 @@ class ObjectBackend(Backend):
 
     def present(self, group: Group, page: int) -> None:
         """The page to be written is there already."""
-        self._presence.seen(group.batch.namespace.digest, [group.batch.key(page)])
-        self._absence.gone(group.batch.namespace.digest, [group.batch.key(page)])
+        digest, key = group.batch.namespace.digest, group.batch.key(page)
+        self._presence.seen(digest, [key])
+        self._absence.gone(digest, [key])
         self.count("present")
+        notes = None if self._listener is None else group.batch.notes
+        if notes is not None:  # another's page, maybe: nobody has told here that it is there
+            self.report(Residency.STORED, digest, key, notes.only([page]))
         group.settle(page, Outcome.HIT)
 
     def stored(self, group: Group, page: int) -> None:

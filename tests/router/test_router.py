@@ -59,7 +59,7 @@ def run(indexer: Indexer, tmp_path: Path) -> Iterator[Run]:
 
     yield start
     for worker in started:
-        indexer.ask("POST", "/unregister", {"instance_id": worker.number, "model_name": "model"})
+        indexer.unregister(worker.number)
         worker.stop()
 
 
@@ -139,6 +139,11 @@ def test_shared_storage_is_announced_by_each_worker(
     second.save(one)
     assert wait(lambda: agrees(indexer, second))
     assert indexer.held(first.number)["external"] == indexer.held(second.number)["external"]
+    other = prompts(12)[0]  # computed by both at a time: neither has looked for it
+    first.save(other)
+    second.save(other)
+    assert wait(lambda: agrees(indexer, first) and agrees(indexer, second))
+    assert set(other.hashes()) <= indexer.held(second.number)["external"].keys()
     first.forget(one, slice(2, None))
     assert wait(lambda: agrees(indexer, first))
     assert not agrees(indexer, second)  # nobody told it
@@ -231,16 +236,26 @@ def test_the_example_sends_a_prompt_to_who_has_it(
         words = [str(script), "--indexer", f"http://127.0.0.1:{PORT}", "--block-size", str(PAGE), "--dry-run"]
         for name, worker in (("other", other), ("has", has)):
             words += ["--worker", f"http://{name},{worker.publisher.endpoint},{worker.publisher.replay_endpoint}"]
-        process = indexer.host.python(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdin is not None
-        assert process.stdout is not None
+        for _ in range(2):  # begun again, as after a restart of a worker
+            process = indexer.host.python(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-        def chosen() -> dict[str, Any]:
-            process.stdin.write(json.dumps(list(one.tokens)) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
+            def chosen(process: subprocess.Popen[str] = process) -> dict[str, Any]:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write(json.dumps(list(one.tokens)) + "\n")
+                process.stdin.flush()
+                return json.loads(process.stdout.readline())
 
-        assert wait(lambda: chosen()["worker"] == "http://has")
-        assert chosen()["found"]["disk"] == len(one.tokens)
+            assert wait(lambda chosen=chosen: chosen()["worker"] == "http://has")
+            assert chosen()["found"]["disk"] == len(one.tokens)
+            assert process.stdin is not None
+            process.stdin.close()
+            assert process.wait(20) == 0
         for worker in (has, other):
             worker.stop()
+        indexer.host.kill()
+        alone = indexer.host.python(*words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert alone.stderr is not None
+        assert alone.wait(20) == 1
+        assert "Connection refused" in (said := alone.stderr.read()), said
+        assert "Traceback" not in said
