@@ -13,8 +13,10 @@ is a prompt's token ids, or SGLang's request with `input_ids`; each line of the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+import urllib.error
 import urllib.request
 from typing import Any, NamedTuple
 
@@ -56,6 +58,9 @@ def main() -> None:
     options = parser.parse_args()
     workers = [Worker(*text.split(",")) for text in options.worker]
     for number, worker in enumerate(workers, 1):
+        # A worker that was restarted counts its messages from 0 again: the indexer must begin anew with it.
+        with contextlib.suppress(urllib.error.HTTPError):
+            ask(f"{options.indexer}/unregister", {"instance_id": number, "model_name": MODEL})
         ask(f"{options.indexer}/register", {
             "instance_id": number, "endpoint": worker.events, "replay_endpoint": worker.replay, "model_name": MODEL,
             "block_size": options.block_size,
@@ -82,4 +87,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{error.url}: {error.code} {error.read().decode(errors='replace')}")
+    except OSError as error:
+        sys.exit(f"no answer ({error}). Fix: look at whether the indexer and the workers run, and at their addresses")

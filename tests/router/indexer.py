@@ -37,12 +37,15 @@ class _Connection(http.client.HTTPConnection):
 
 
 class Indexer:
-    """A running `dynamo.indexer`. Skips the test where it cannot run. host: where. log: what it has printed."""
+    """A running `dynamo.indexer`. Skips the test where it cannot run. host: where. log: what it has printed.
 
-    def __init__(self, folder: Path, threads: int = 1) -> None:
+    With a host given it runs there, and dies with it.
+    """
+
+    def __init__(self, folder: Path, threads: int = 1, host: Host | None = None) -> None:
         pytest.importorskip("dynamo.indexer", reason="needs ai-dynamo-runtime")
         self.log = folder / "indexer.log"
-        self.host = Host()
+        self.host, self._alone = host or Host(), host is None
         self._connection: _Connection | None = None
         with self.log.open("wb") as log:
             self._process = self.host.python(
@@ -86,6 +89,9 @@ class Indexer:
             "block_size": block_size,
         })  # fmt: skip
 
+    def unregister(self, worker: int) -> None:
+        self.ask("POST", "/unregister", {"instance_id": worker, "model_name": MODEL})
+
     def query(self, tokens: Sequence[int], worker: int = 1) -> tuple[int, int, int]:
         """Tokens of this prompt that the worker has down to and including device, host, and what lies below."""
         answer = self.ask("POST", "/query", {"token_ids": list(tokens), "model_name": MODEL})["instances"]
@@ -111,7 +117,8 @@ class Indexer:
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        self.host.close()
+        if self._alone:
+            self.host.close()
 
     def __enter__(self) -> Indexer:
         return self

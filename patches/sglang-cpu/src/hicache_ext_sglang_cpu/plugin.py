@@ -49,6 +49,30 @@ def _not_pinned(original, self, *args, **kwargs):
     return original(*bound.args, **bound.kwargs)
 
 
+class _Unpinned:
+    """Stands in for the name `torch` in a module that pins what it makes: the same, but for pinning."""
+
+    def __getattr__(self, name):
+        found = getattr(torch, name)
+        if name not in ("tensor", "empty", "zeros", "ones"):
+            return found
+
+        def make(*args, pin_memory=False, **kwargs):
+            return found(*args, **kwargs)
+
+        return make
+
+
+def _lora_without_pinning(original, *args, **kwargs):
+    """LoRA pins adapters and offsets, whatever the device. Done when a server has LoRA: the modules are large."""
+    for name in ("layers", "lora", "mem_pool", "backend.torch_backend"):
+        module = _module(f"sglang.srt.lora.{name}")
+        if module is not None:
+            module.torch = _Unpinned()
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    return original(*args, **kwargs)
+
+
 def _module(name):
     try:
         return importlib.import_module(name)
@@ -69,6 +93,8 @@ def register():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register("sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__", _not_pinned, HookType.AROUND)
+
+    HookRegistry.register("sglang.srt.lora.lora_manager.LoRAManager.__init__", _lora_without_pinning, HookType.AROUND)
 
     # The pools import these names under CUDA only.
     from sgl_kernel import kvcacheio
