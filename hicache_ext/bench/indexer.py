@@ -3,9 +3,9 @@
 Belongs here: workers without an engine, and measuring. Does not belong here: the indexer (bench.dynamo), options and
 tables (cli.bench_indexer).
 
-The delay is from a write's outcome, which says that the page is durable in a real local tier, to the first query that
-finds the whole prompt there; queries follow each other without a pause. It goes two ways: by a stream of our own
-(`events publish`, vLLM), and by SGLang's, whose scheduler moves events at the end of a step.
+The delay is from a write's outcome, which says that the page is durable in a real tier, to the first query that finds
+the whole prompt there; queries follow each other without a pause. It goes two ways: by a stream of our own
+(`events publish`), and by SGLang's, whose scheduler moves events at the end of a step.
 
 Many workers are simulated: each has an announcer and a publisher as a real one has, and is told of the same pages.
 """
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from hicache_ext.bench.dynamo import Service
+from hicache_ext.bench.dynamo import Service, Unavailable
 from hicache_ext.config import Config
 from hicache_ext.events.announcer import Announcer
 from hicache_ext.events.follower import Follower
@@ -85,10 +85,15 @@ def chain(number: int, pages: int) -> tuple[bytes, Notes]:
     return b"".join(keys), Notes(tokens, np.stack([hashes, np.concatenate([[0], hashes[:-1]])], 1))
 
 
-def delay(indexer: Service, folder: Path, rounds: int, step_s: float, say: Say) -> list[dict[str, Any]]:
-    """Rows of {what, unit, value, spread}: milliseconds, p50 and p99 over all rounds, both ways."""
+def delay(
+    indexer: Service, folder: Path, config: Config | None, rounds: int, step_s: float, say: Say
+) -> list[dict[str, Any]]:
+    """Rows of {what, unit, value, spread}: milliseconds, p50 and p99 over all rounds, both ways.
+
+    config: whose tiers; None: a local one in `folder`. What was stored is removed.
+    """
     rows = []
-    ways: dict[str, Callable[[Service, Path], _Way]] = {
+    ways: dict[str, Callable[[Service, Path, Config], _Way]] = {
         "own stream": _own,
         "SGLang's stream": partial(_sglangs, step_s=step_s),
     }
@@ -97,12 +102,14 @@ def delay(indexer: Service, folder: Path, rounds: int, step_s: float, say: Say) 
         try:
             with (
                 tempfile.TemporaryDirectory(dir=folder, prefix="hicache-indexer-") as place,
-                way(indexer, Path(place)) as (store, number, prompts),
+                way(indexer, Path(place), config or _config(Path(place))) as (store, number, prompts),
             ):
+                store.clear([prompts.space])
                 for at in range(rounds):
                     if at % 20 == 0:
                         say(f"{name}: {at} of {rounds}")
                     found.append(_once(indexer, store, number, prompts.batch(at)))
+                store.clear([prompts.space])
         except ImportError as error:
             say(f"without SGLang's stream: {error}")
             continue
@@ -126,12 +133,15 @@ def _once(indexer: Service, store: TieredStore, number: int, batch: PageBatch) -
     outcomes = done.result(60)
     since = time.monotonic()
     if set(outcomes) != {Outcome.HIT}:
-        raise RuntimeError(f"a page was not stored: {outcomes}")
+        said = ", ".join(sorted({outcome.name.lower() for outcome in outcomes}))
+        raise Unavailable(
+            f"pages were not stored ({said}). Fix: look at what `hicache-ext config check` says of the tier"
+        )
     while time.monotonic() - since < _SECONDS:
         answer = indexer.ask("POST", "/query", body)["instances"]
         if answer.get(str(number), {}).get("disk", 0) == wanted:
             return (time.monotonic() - since) * 1e3
-    raise RuntimeError("the indexer does not follow the events")
+    raise Unavailable("the indexer does not follow the events. Fix: with --indexer, it must reach this machine's files")
 
 
 def _config(place: Path) -> Config:
@@ -139,12 +149,12 @@ def _config(place: Path) -> Config:
 
 
 @contextlib.contextmanager
-def _own(indexer: Service, place: Path) -> Iterator[Told]:
+def _own(indexer: Service, place: Path, config: Config) -> Iterator[Told]:
     prompts, number = _Prompts(PAGES), 1
     announcer = Announcer()
     options = PublisherOptions(endpoint=f"ipc://{place}/live", replay_endpoint=f"ipc://{place}/replay")
     publisher = Publisher(options, announcer)
-    store = TieredStore.open(_config(place))
+    store = TieredStore.open(config)
     follower = Follower(store, announcer, prompts.space.digest, publisher.wake)
     try:
         with _registered(indexer, number, options):
@@ -167,7 +177,7 @@ class _Adapter:
 
 
 @contextlib.contextmanager
-def _sglangs(indexer: Service, place: Path, step_s: float) -> Iterator[Told]:
+def _sglangs(indexer: Service, place: Path, config: Config, step_s: float) -> Iterator[Told]:
     """SGLang's own publisher, asked for events after every step, as its scheduler asks. ImportError: no SGLang."""
     theirs = importlib.import_module("sglang.srt.disaggregation.kv_events")
     from hicache_ext.sglang.announcing import TierEvents
@@ -176,7 +186,6 @@ def _sglangs(indexer: Service, place: Path, step_s: float) -> Iterator[Told]:
     events = TierEvents()
     publisher = SimpleNamespace(enable_kv_cache_events=True, tree_cache=SimpleNamespace(take_events=list))
     events.publishes(publisher)
-    config = _config(place)
     store = TieredStore.open(config)
     adapter = _Adapter(config, store, prompts.space.digest)
     events.attach(adapter)
@@ -281,7 +290,7 @@ def _wait(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + _SECONDS
     while not condition():
         if time.monotonic() > until:
-            raise RuntimeError("the indexer does not follow the workers' events")
+            raise Unavailable("the indexer does not follow the workers' events. Fix: fewer --workers or --blocks")
         time.sleep(0.01)
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hicache_ext.bench import dynamo, indexer, machine
+from hicache_ext.config import Config, ConfigError
 
 _MODULE, _PORT = "dynamo.indexer", 8090
 _FOLDER = Path(tempfile.gettempdir())
@@ -30,6 +31,9 @@ def indexer_command(
         int, typer.Option(min=0, help=f"Writes of {indexer.PAGES} pages to measure the delay with.")
     ] = 200,
     step: Annotated[float, typer.Option(min=0.0, help="Milliseconds of SGLang's scheduler between two looks.")] = 5.0,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Whose tiers to write to, in place of a local one in --dir.")
+    ] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Where the local tier lies.", exists=True)] = _FOLDER,
     workers: Annotated[int, typer.Option(min=0, help="Simulated workers on one store.")] = 100,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of that store.")] = 500,
@@ -37,24 +41,27 @@ def indexer_command(
 ) -> None:
     """From a durable page to the answer of Dynamo's own indexer; and what many workers on one store cost.
 
-    The delay is that of a page in a real local tier, by `events publish`'s stream and by SGLang's own publisher. The
-    workers are simulated: each announces every block of the store and withdraws it, as each must that can load it.
+    The delay is that of a page in a real tier, a local one or a configuration's first, by `events publish`'s stream and
+    by SGLang's own publisher. The workers are simulated: each announces every block of the store and withdraws it, as
+    each must that can load it.
     `--rounds 0` or `--workers 0` leaves one of the two out.
 
     Dynamo's indexer listens on every address. So it is started in a network namespace of its own (root, or where users
-    may make namespaces), or names one that runs already with `--indexer`; its memory and CPU are then not known.
+    may make namespaces), from which no server can be reached: with remote tiers in `--config`, start the indexer
+    yourself and name it with `--indexer`. Its memory and CPU are then not known.
     """
     console, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 110)
     found: dict[str, list[dict[str, Any]]] = {}
     try:
+        tiers = None if config is None else Config.load(config)
         if not url:
             dynamo.apart(_MODULE, "--indexer")
         with console.status("starting") as status, dynamo.service(url, _MODULE, _PORT) as service:
             if rounds:
-                found["delay"] = indexer.delay(service, folder, rounds, step / 1e3, status.update)
+                found["delay"] = indexer.delay(service, folder, tiers, rounds, step / 1e3, status.update)
             if workers:
                 found["workers"] = indexer.workers(service, workers, blocks, status.update)
-    except dynamo.Unavailable as error:
+    except (dynamo.Unavailable, ConfigError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     about = machine.facts(folder)

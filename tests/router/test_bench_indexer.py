@@ -42,6 +42,20 @@ def test_delay_and_workers(tmp_path: Path) -> None:
     assert "cpu" in done.stdout, "which machine this was"
 
 
+def test_the_delay_of_a_configured_tier(tmp_path: Path) -> None:
+    config, file = tmp_path / "hicache.yaml", tmp_path / "rows.json"
+    config.write_text(f"tiers: [{{type: local, path: {tmp_path / 'tier'}, capacity: 64MiB, engine: threads}}]")
+    words = ("--rounds", "2", "--workers", "0", "--config", str(config), "--json", str(file))
+    done = bench("indexer", *words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert {row["what"].rsplit(", ", 1)[0] for row in found["delay"]} >= {"durable to answered, own stream"}
+    assert "workers" not in found
+    config.write_text("tiers: []")
+    done = bench("indexer", *words)
+    assert (done.returncode, "tiers" in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
+
+
 def test_a_trace_through_the_router(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     requests = [list(range(talk * 100, talk * 100 + 10)) for _ in range(3) for talk in range(8)]
