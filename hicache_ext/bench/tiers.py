@@ -84,7 +84,7 @@ def _tier(tier: TierConfig, plan: Plan, memory: Memory, say: Say) -> list[Row]:
         kind, options = config.backend(0)
         dispatcher = Dispatcher()
         backend = kind(options, dispatcher)
-        subjects: list[Subject] = [OneTier(backend, dispatcher, ours.about.cases, ours.about.keeps)]
+        subjects: list[Subject] = [OneTier(backend, dispatcher, ours.cases, ours.keeps)]
         stack.callback(subjects[0].close)
         backend.register_memory(memory.address, memory.size)
         for other in ours.about.plain(options, memory, plan, say):
@@ -105,7 +105,7 @@ def _cascade(config: Config, plan: Plan, memory: Memory, dead: Sequence[str], sa
             tiers = [stack.enter_context(one.apart(secrets.token_hex(4))).tiers[0] for one in placed]
             opened = TieredStore.open(config.model_copy(update={"tiers": tuple(tiers)}))
             opened.register_memory(memory.address, memory.size)
-            cleared = [i for i, one in enumerate(placed) if not one.about.keeps and (i == 0 or not is_dead)]
+            cleared = [i for i, one in enumerate(placed) if not one.keeps and (i == 0 or not is_dead)]
             subjects.append(Cascade(name, opened, cleared, is_dead, alone=name.endswith(ALONE)))
             stack.callback(subjects[-1].close)
 
@@ -133,6 +133,7 @@ class Placed:
         self._options = tier.options if options is None else options
         self.label = tier.label
         self.about: Yardstick = yardstick(backend_class(tier.type))
+        self.cases, self.keeps = self.about.measured(self._options)
 
     def moved(self, port: int) -> Placed | None:
         """The same tier with its server at this port of this machine."""

@@ -27,10 +27,11 @@ _SECONDS = 60.0
 
 class PlainNixl(Subject):
     """Transfers of 8 pages, as many at a time as the tier has. Nothing is checked, and nobody else could find the
-    pages: they follow each other in a file whose room was taken before."""
+    pages: they follow each other in a file of the tier's capacity, whose room was taken before."""
 
     name = "nixl"
-    cases = ("write", "read")
+    cases = ("write", "overwrite", "read")
+    keeps = True
 
     def __init__(self, options: NixlOptions, folder: Path, memory: Memory) -> None:
         folder.mkdir(parents=True)
@@ -39,7 +40,7 @@ class PlainNixl(Subject):
         self.way = f"{options.plugin}, {options.connections} transfers of up to {_GROUP} pages, O_DIRECT"
         self._memory = self._agent.register("DRAM", [(memory.address, memory.size, 0, "")])
         self._fd = os.open(folder / "pages", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
-        self._room = memory.size
+        self._room = int(options.capacity or 0)
         os.posix_fallocate(self._fd, 0, self._room)
         self._file = self._agent.register("FILE", [(0, self._room, self._fd, "")])
         self._next = 0
@@ -90,7 +91,11 @@ class PlainNixl(Subject):
 
 
 class NixlYardstick(Yardstick):
-    """A tier of files gets a directory of its own beside the user's; one of objects is measured alone."""
+    """A tier of files gets a directory of its own beside the user's, which the first fill fills: from then on pages
+    take the files of older ones. One of objects is measured alone."""
+
+    def measured(self, options: Options) -> tuple[tuple[str, ...], bool]:
+        return (("write", "overwrite", "read", "lookup"), True) if options.get("path") else (self.cases, self.keeps)
 
     def apart(self, options: Options, token: str, size: int) -> Options:
         if not options.get("path"):
@@ -99,7 +104,7 @@ class NixlYardstick(Yardstick):
         place = path if path.is_dir() else path.parent
         if not place.is_dir():
             raise OptionError("path", str(path), "is not there", "make it, or mount what it is on")
-        return {**options, "path": str(place / f"hicache-bench-{uuid.uuid4().hex}"), "capacity": 2 * size + (1 << 30)}
+        return {**options, "path": str(place / f"hicache-bench-{uuid.uuid4().hex}"), "capacity": size}
 
     def clean(self, options: Options) -> None:
         if options.get("path"):

@@ -34,6 +34,10 @@ class Yardstick:
     cases: tuple[str, ...] = ("write", "read", "lookup")
     keeps = False
 
+    def measured(self, options: Options) -> tuple[tuple[str, ...], bool]:
+        """cases and keeps of a tier with these options."""
+        return self.cases, self.keeps
+
     def apart(self, options: Options, token: str, size: int) -> Options:
         """The options under which nobody's pages are met or evicted; `size` bytes are written in all.
 

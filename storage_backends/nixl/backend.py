@@ -12,7 +12,6 @@ a page in a lane that is late is given up, and the lane stays out of use until i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import math
 import threading
@@ -33,13 +32,15 @@ from storage_backends.base import (
     Residency,
 )
 from storage_backends.nixl import library
-from storage_backends.nixl.agent import Agent, Lane, Lanes, Side, Transfer
+from storage_backends.nixl.agent import Agent, Lanes, Side, Transfer
 from storage_backends.nixl.files import BLOCK, SUFFIX, Files, Full, PageFile
 from storage_backends.nixl.options import NixlOptions
+from storage_backends.nixl.packing import COMPILED, Packing, stride_of
 from storage_backends.nixl.room import Room
 from storage_backends.object import VERSION, ObjectFormats
 from storage_backends.object_backend import Group, ObjectBackend, TooLate
 from storage_backends.secrets import load_seal
+from storage_backends.slot_form import SlotForm, span
 
 if TYPE_CHECKING:
     from storage_backends.nixl.objects import Named, Objects
@@ -50,21 +51,15 @@ logger = logging.getLogger(__name__)
 _PAUSE = 0.01
 
 Place = Union[PageFile, "Named"]
-_Row = tuple[int, int, int]
+_FORMS = 64
 
 
 @dataclass(eq=False)
 class _Moving:
-    """Pages on their way together, and all that must stay until they have ended.
-
-    slots: of each page, its address in the lane: its header where it goes straight, else all of it.
-    """
+    """Pages on their way together, and all that must stay until they have ended."""
 
     places: dict[int, Place]
-    straight: bool
-    lane: Lane
-    slots: dict[int, int]
-    rows: dict[int, list[_Row]]
+    packing: Packing
     registered: object = None
     transfers: list[Transfer] = field(default_factory=list)
 
@@ -96,6 +91,7 @@ class NixlBackend(ObjectBackend):
         seal = load_seal(options.seal_key_env, options.seal_key_file)
         self._sealed = seal is not None
         self._formats = ObjectFormats(self._store.step, seal, self._store.pad)
+        self._plain: dict[bytes, SlotForm] = {}
         self._most_bytes = max(1, options.in_flight // options.connections)
         self._lanes = Lanes(self._agent)
         self._late: list[_Moving] = []
@@ -163,6 +159,7 @@ class NixlBackend(ObjectBackend):
         for pages in self._parts(group):
             places: dict[int, Place] = {}
             try:
+                self._store.ready()
                 for page in pages:
                     try:
                         places[page] = self._store.create(self.name(group, page), group.form.size)
@@ -227,8 +224,7 @@ class NixlBackend(ObjectBackend):
         try:
             self._reap()
             moving = self._arrange(group, places)
-            for page in places:
-                (_put if write else _spoil)(group, page, moving)
+            moving.packing.put() if write else moving.packing.spoil()
             self._transfer(moving, write)
             self._ended(group, moving, write)
         finally:
@@ -241,20 +237,12 @@ class NixlBackend(ObjectBackend):
                     self._late.append(moving)
 
     def _arrange(self, group: Group, places: dict[int, Place]) -> _Moving:
-        form, batch, pages = group.form, group.batch, list(places)
+        form, pages = group.form, list(places)
         straight = self.options.files and self._fits(group, pages)
-        size = form.head_bytes if straight else form.size
-        lane = self._lanes.take(size * len(pages))
-        slots = {page: lane.memory.address + i * size for i, page in enumerate(pages)}
-        rows: dict[int, list[_Row]] = {page: [(slots[page], size, 0)] for page in pages}
-        if straight:
-            for page in pages:
-                span = slice(int(batch.offsets[page]), int(batch.offsets[page + 1]))
-                pairs = zip(batch.addresses[span].tolist(), batch.lengths[span].tolist(), strict=True)
-                rows[page] += [(address, length, 0) for address, length in pairs]
-        else:
+        lane = self._lanes.take(stride_of(form, straight) * len(pages))
+        if not straight:
             self.count("bounced", len(pages))
-        moving = _Moving(places, straight, lane, slots, rows)
+        moving = _Moving(places, Packing(form, self._plain_form(group), group.batch, pages, straight, lane))
         try:
             names = [(0, form.size, place.device, place.name) for place in places.values()]
             moving.registered = self._agent.register(self._store.kind, names)
@@ -263,12 +251,22 @@ class NixlBackend(ObjectBackend):
             raise
         return moving
 
+    def _plain_form(self, group: Group) -> SlotForm | None:
+        """Of pages whose headers compiled code can make."""
+        if self._sealed or not self.options.files or not COMPILED:
+            return None
+        found = self._plain.get(group.form.namespace.digest)
+        if found is None:
+            if len(self._plain) >= _FORMS:
+                self._plain.clear()
+            found = self._plain[group.form.namespace.digest] = SlotForm(group.form.namespace)
+        return found
+
     def _fits(self, group: Group, pages: list[int]) -> bool:
         """Whether all buffers of these pages are registered, and aligned as their files ask."""
-        batch = group.batch
-        at = np.concatenate([np.arange(batch.offsets[page], batch.offsets[page + 1]) for page in pages])
-        first, lengths = batch.addresses[at], batch.lengths[at]
-        if self._sealed or (((first | lengths) & np.uint64(BLOCK - 1)).any()):
+        first = group.batch.addresses.reshape(len(group.batch), -1)[span(pages)]
+        lengths = group.batch.lengths[: first.shape[1]]  # of each page
+        if self._sealed or ((first | lengths) & np.uint64(BLOCK - 1)).any():
             return False
         starts, ends = self._known
         which = np.searchsorted(starts, first, side="right") - 1
@@ -276,32 +274,31 @@ class NixlBackend(ObjectBackend):
 
     def _transfer(self, moving: _Moving, write: bool) -> None:
         """Until all have ended. Files of a group move together, and one by one where that fails."""
-        pages = list(moving.places)
-        self._post(moving, [pages] if self.options.files else [[page] for page in pages], write)
+        places = list(range(len(moving.places)))
+        self._post(moving, [places] if self.options.files else [[place] for place in places], write)
         self._wait(moving)
-        if self.options.files and len(pages) > 1 and not moving.transfers[0].good:
+        if self.options.files and len(places) > 1 and not moving.transfers[0].good:
             self.count("retried")
-            self._post(moving, [[page] for page in pages], write)
+            if not write:
+                moving.packing.spoil()
+            self._post(moving, [[place] for place in places], write)
             self._wait(moving)
 
     def _post(self, moving: _Moving, together: list[list[int]], write: bool) -> None:
+        """together: neighbouring places, whose pages are one transfer."""
         moving.transfers = []
-        for pages in together:
-            memory, store = [], []
-            for page in pages:
-                at = 0
-                for row in moving.rows[page]:
-                    memory.append(row)
-                    store.append((at, row[1], moving.places[page].device))
-                    at += row[1]
-            sides = Side("DRAM", np.array(memory, np.uint64)), Side(self._store.kind, np.array(store, np.uint64))
+        memory = moving.packing.memory()
+        store = _in_store(memory, [place.device for place in moving.places.values()])
+        for places in together:
+            chosen = slice(places[0], places[-1] + 1)
+            sides = Side("DRAM", memory[chosen].reshape(-1, 3)), Side(self._store.kind, store[chosen].reshape(-1, 3))
             moving.transfers.append(self._agent.start(write, *sides))
 
     def _wait(self, moving: _Moving) -> None:
         if self._agent.wait(moving.transfers, self.options.timeout):
             return
         self.count("late")
-        if not moving.straight:
+        if not moving.packing.straight:
             raise TooLate(f"NIXL took longer than {self.options.timeout} s")
         self._agent.wait(moving.transfers, math.inf)  # it is the caller's memory: nothing else ends well
 
@@ -310,12 +307,11 @@ class NixlBackend(ObjectBackend):
         pages, transfers = list(moving.places), moving.transfers
         good = [one.good for one in (transfers if len(transfers) == len(pages) else transfers * len(pages))]
         failed = [page for page, well in zip(pages, good, strict=True) if not well]
-        for page, well in zip(pages, good, strict=True):
-            if well and write:
-                stored = moving.places[page].publish(page in group.misfits)
-                (self.stored if stored else self.present)(group, page)
-            elif well:
-                self.arrived(group, page, _take(group, page, moving))
+        well = [place for place in range(len(pages)) if good[place]]
+        if write:
+            self._publish(group, moving, [pages[place] for place in well])
+        elif well:
+            self._judge(group, moving, well)
         if failed and write:
             for page in failed:
                 self._reject(group, page) if self._store.full(group.form.size) else self._fail(group, page, "write")
@@ -326,10 +322,49 @@ class NixlBackend(ObjectBackend):
                 else:
                     self._not_whole(group, page, size)
 
+    def _publish(self, group: Group, moving: _Moving, written: list[int]) -> None:
+        """Settle these pages of a write, all of which are in the store."""
+        digest, new = group.batch.namespace.digest, []
+        try:
+            for page in written:
+                if moving.places[page].publish(page in group.misfits):
+                    new.append(page)
+                else:
+                    self.present(group, page)
+        finally:
+            keys, notes = [group.batch.key(page) for page in new], group.batch.notes
+            self._presence.seen(digest, keys)
+            self._absence.gone(digest, keys)
+            self.count("stored", len(new))
+            self.count("bytes_written", len(new) * group.form.size)
+            self.report(Residency.STORED, digest, b"".join(keys), None if notes is None else notes.only(new))
+            for page in new:
+                group.settle(page, Outcome.HIT)
+
+    def _judge(self, group: Group, moving: _Moving, arrived: list[int]) -> None:
+        """Settle the pages at these places of a read, all of which have arrived."""
+        digest, hits = group.batch.namespace.digest, []
+        pages = list(moving.places)
+        self.count("bytes_read", len(arrived) * group.form.size)
+        for place, good in zip(arrived, moving.packing.judge(arrived), strict=True):
+            page = pages[place]
+            if good:
+                hits.append(page)
+                notes = None if self._listener is None else group.form.notes(moving.packing.head(place))
+                if notes is not None:  # another's page, maybe: now its tokens are known here
+                    self.report(Residency.STORED, digest, group.batch.key(page), notes)
+            elif moving.places[page].changed():
+                self.absent(group, page)  # it made room while it was read
+            else:
+                group.set_corrupt(page)
+        self._presence.seen(digest, [group.batch.key(page) for page in hits])
+        for page in hits:
+            group.settle(page, Outcome.HIT)
+
     def _finish(self, moving: _Moving) -> None:
         self._agent.forget(moving.registered)
         _close(moving.places)
-        self._lanes.give(moving.lane)
+        self._lanes.give(moving.packing.lane)
 
     def _reap(self) -> None:
         """Let go of what was late and has ended. TooLate where too much of it has not."""
@@ -370,39 +405,12 @@ class NixlBackend(ObjectBackend):
                 self.report(Residency.REMOVED, bytes.fromhex(digest), packed)
 
 
-def _put(group: Group, page: int, moving: _Moving) -> None:
-    """The page's header into its slot; all of it where it does not go straight."""
-    head, buffers = group.form.prepare(group.batch, page)
-    at = moving.slots[page]
-    ctypes.memmove(at, bytes(head), len(head))
-    if moving.straight:
-        return
-    at += len(head)
-    for buffer in buffers:
-        ctypes.memmove(at, ctypes.addressof(ctypes.c_char.from_buffer(buffer)), len(buffer))
-        at += len(buffer)
-    ctypes.memset(at, 0, moving.slots[page] + group.form.size - at)
-
-
-def _spoil(group: Group, page: int, moving: _Moving) -> None:
-    """Make the last byte of the page's slot another one: NIXL takes the shorter answer to a read for the whole, and
-    what an earlier transfer of the same page left in the slot would stand for the rest of it.
-    """
-    if not moving.straight:
-        last = ctypes.c_uint8.from_address(moving.slots[page] + group.form.head_bytes + group.form.payload_bytes - 1)
-        last.value ^= 0xFF
-
-
-def _take(group: Group, page: int, moving: _Moving) -> bytearray:
-    """The page's header, and its bytes in its buffers."""
-    at = moving.slots[page]
-    head = bytearray(ctypes.string_at(at, group.form.head_bytes))
-    if not moving.straight:
-        at += len(head)
-        for buffer in group.batch.buffers(page):
-            ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), at, len(buffer))
-            at += len(buffer)
-    return head
+def _in_store(memory: np.ndarray, devices: list[int]) -> np.ndarray:
+    """uint64[n, k, 3]: (offset, bytes, device) in each page's file or object of what moves from or to this memory."""
+    rows = memory.copy()
+    rows[:, :, 0] = np.cumsum(memory[:, :, 1], axis=1) - memory[:, :, 1]
+    rows[:, :, 2] = np.array(devices, np.uint64)[:, None]
+    return rows
 
 
 def _close(places: dict[int, Place]) -> None:

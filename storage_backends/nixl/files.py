@@ -9,11 +9,16 @@ much may lie there (room.py).
 
 A file is written under another name, with its room taken first, so that a disk that is full says so before anything
 moves, and a reader meets whole files only. That is a courtesy: what counts is that a page's checksums are right.
+
+Where a page has to go for another one of its size, its file becomes that one's: to make a file and find its blocks
+costs as much as to write them, or more. Whoever reads the old page meanwhile may meet the new one in its file: what he
+read fails its checksums, and the file's times tell that it has changed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
@@ -23,7 +28,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from storage_backends.direct_io import probe_direct
-from storage_backends.nixl.room import Room
+from storage_backends.nixl.room import Room, Taken
 from storage_backends.object_backend import Unreachable
 
 BLOCK = 4096
@@ -34,6 +39,8 @@ _USED_SECONDS = 60.0
 _LEFT_SECONDS = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _Made = TypeVar("_Made")
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+_renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
 
 class Full(Exception):
@@ -45,8 +52,20 @@ class PageFile:
 
     name = ""  # NIXL knows it by its device
 
-    def __init__(self, fd: int) -> None:
-        self.device = fd
+    def __init__(self, fd: int, path: str = "") -> None:
+        """path: the page's own, where it is read."""
+        self.device, self._read_from = fd, path
+        self._was = os.fstat(fd).st_mtime_ns if path else 0
+
+    def changed(self) -> bool:
+        """Whether the file of a page that is read has become another one's, or was written to, since it was opened."""
+        now = os.fstat(self.device)
+        if now.st_mtime_ns != self._was:
+            return True
+        try:
+            return os.stat(self._read_from).st_ino != now.st_ino
+        except OSError:
+            return True
 
     def publish(self, replace: bool) -> bool:
         """Give it the page's name. False: there is a page of that name, and it was not to be replaced."""
@@ -63,7 +82,7 @@ class NewFile(PageFile):
     def __init__(self, fd: int, temporary: str, path: str, size: int, room: Room) -> None:
         super().__init__(fd)
         self._temporary, self._path, self._size, self._room = temporary, path, size, room
-        self._published = False
+        self._published = self._renamed = False
 
     def publish(self, replace: bool) -> bool:
         self._published = self._link() if not replace else self._rename()
@@ -71,12 +90,22 @@ class NewFile(PageFile):
 
     def close(self) -> None:
         super().close()
-        with contextlib.suppress(OSError):  # renamed
-            os.unlink(self._temporary)
+        if not self._renamed:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
         if not self._published:
             self._room.give(self._size)
 
     def _link(self) -> bool:
+        try:
+            _in_its_folder(lambda: _rename_if_free(self._temporary, self._path), self._path)
+            self._renamed = True
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         try:
             _in_its_folder(lambda: os.link(self._temporary, self._path), self._path)
         except FileExistsError:
@@ -89,6 +118,7 @@ class NewFile(PageFile):
 
     def _rename(self) -> bool:
         _in_its_folder(lambda: os.replace(self._temporary, self._path), self._path)
+        self._renamed = True
         return True
 
 
@@ -110,7 +140,7 @@ class Files:
                     os.unlink(old.path)
 
     def sizes(self, names: list[str]) -> list[int]:
-        self._there()
+        self.ready()
         return [_size(self._path(name)) for name in names]
 
     def open(self, name: str, size: int) -> PageFile | int:
@@ -127,22 +157,26 @@ class Files:
         if time.time() - found.st_mtime > _USED_SECONDS:
             with contextlib.suppress(OSError):  # a share that is mounted for reading only
                 os.utime(fd)
-        return PageFile(fd)
+        return PageFile(fd, path)
 
     def create(self, name: str, size: int) -> NewFile:
-        """A new file for a page, `size` bytes long. Raises Full, Unreachable, OSError."""
-        self._there()
-        if not self._room.take(size):
+        """A file for a page, `size` bytes long, new or of a page that had to go. Raises Full, OSError."""
+        temporary = f"{self._tmp}/{os.urandom(12).hex()}{SUFFIX}"
+        taken = self._room.take(size, temporary)
+        if taken is Taken.NOTHING:
             raise Full
         try:
-            return self._make(self._path(name), size)
+            fd = self._reuse(temporary, size) if taken is Taken.FILE else self._make(temporary, size)
         except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             self._room.give(size)
             if isinstance(error, OSError) and error.errno in _FULL:
                 raise Full from None
             raise
         finally:
             self._room.made(size)
+        return NewFile(fd, temporary, self._path(name), size, self._room)
 
     def full(self, size: int) -> bool:
         """Whether the disk, not the capacity, has no room for a file of this size."""
@@ -161,7 +195,7 @@ class Files:
 
     def clear_start(self, start: str) -> None:
         """Remove a namespace: at once for everybody who looks, then the files."""
-        self._there()
+        self.ready()
         self._tmp.mkdir(parents=True, exist_ok=True)
         aside = self._tmp / f"cleared.{os.urandom(6).hex()}"
         try:
@@ -174,24 +208,33 @@ class Files:
     def close(self) -> None:
         self._room.close()
 
-    def _make(self, path: str, size: int) -> NewFile:
-        temporary = f"{self._tmp}/{os.urandom(12).hex()}{SUFFIX}"
+    def _reuse(self, temporary: str, size: int) -> int:
+        try:
+            fd = os.open(temporary, os.O_RDWR | self._flags)
+        except PermissionError:  # another user's, who let us remove it
+            os.unlink(temporary)
+            return self._make(temporary, size)
+        if os.fstat(fd).st_size != size:  # somebody changed it since it was counted
+            os.ftruncate(fd, size)
+        return fd
+
+    def _make(self, temporary: str, size: int) -> int:
         opening = os.O_RDWR | os.O_CREAT | os.O_EXCL | self._flags
         fd = _in_its_folder(lambda: os.open(temporary, opening, 0o644), temporary)
         try:
             _allocate(fd, size)
         except BaseException:
             os.close(fd)
-            os.unlink(temporary)
             raise
-        return NewFile(fd, temporary, path, size, self._room)
+        return fd
 
     def _path(self, name: str) -> str:
         folder, _, key = name.rpartition("/")
         return f"{self._root}/{folder}/{key[:2]}/{key}{SUFFIX}"
 
-    def _there(self) -> None:
-        """Unreachable where the directory itself is gone: an unmounted disk's pages must not fill the one below."""
+    def ready(self) -> None:
+        """Before pages are stored. Unreachable where the directory itself is gone: an unmounted disk's pages must not
+        fill the one below."""
         if not self._root.is_dir():
             raise Unreachable(f"{self._root} is not there")
 
@@ -206,6 +249,15 @@ def _allocate(fd: int, size: int) -> None:
         there = os.fstatvfs(fd)  # a file system that cannot: a share, say
         if there.f_bavail * there.f_frsize < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+
+def _rename_if_free(old: str, new: str) -> None:
+    """FileExistsError where there is a file of that name. OSError (EINVAL, ENOSYS) where that cannot be asked for."""
+    if _renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if _renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), new)
 
 
 def _size(path: str) -> int:

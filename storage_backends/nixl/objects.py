@@ -24,6 +24,9 @@ class Named:
         """An upload is the page, or nothing: of two writers the later one replaces the page by the same page."""
         return True
 
+    def changed(self) -> bool:
+        return False  # objects never do
+
     def close(self) -> None:
         pass
 
@@ -42,6 +45,9 @@ class Objects:
     def open(self, name: str, size: int) -> Named | int:
         """Not asked whether it is there: a request that would cost as much as the page's own."""
         return Named(next(self._devices), name)
+
+    def ready(self) -> None:
+        """Asked of nobody: the first upload tells."""
 
     def create(self, name: str, size: int) -> Named:
         return Named(next(self._devices), name)

@@ -45,7 +45,7 @@ class NixlOptions(ObjectOptions):
     params: dict[str, str] = Field(default_factory=dict)
     path: Path | None = None
     capacity: ByteSize | None = Field(None, gt=0)
-    in_flight: ByteSize = Field(ByteSize(64 << 20), ge=1 << 20)
+    in_flight: ByteSize = Field(ByteSize(256 << 20), ge=1 << 20)
     bucket: str = ""
     endpoint: str = ""
     region: str = "us-east-1"

@@ -16,14 +16,25 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 
 _PART = 20
 #: Files that one walk remembers to remove, and seconds that a writer waits for one.
 _KNOWN = 1 << 16
 _WAIT = 0.5
+#: Files without a page that are kept for the next ones.
+_SPARES = 32
 #: A walk after every so many seconds, for what other processes wrote.
 _EVERY = 60.0
+
+
+class Taken(IntEnum):
+    """What a writer got: no room, room for a file, or a file of that size that another page had."""
+
+    NOTHING = 0
+    ROOM = 1
+    FILE = 2
 
 
 class Room:
@@ -39,6 +50,7 @@ class Room:
         self._since = 0  # taken since the last look began
         self._coming = 0  # taken, and not yet files that a look would see
         self._oldest: deque[tuple[float, int, str]] = deque()
+        self._spares: list[tuple[int, str]] = []  # files of pages that went before anybody needed their room
         self._lock = threading.Lock()
         self._looked = threading.Condition(self._lock)
         self._looks = 0
@@ -54,8 +66,11 @@ class Room:
     def used(self) -> int:
         return self._used
 
-    def take(self, size: int) -> bool:
-        """Room for a file of `size` bytes, by removing others if need be; whether there is."""
+    def take(self, size: int, name: str = "") -> Taken:
+        """Room for a file of `size` bytes, by removing others if need be. name: what one of exactly that size that goes
+        is called from now on, where there is one; empty: it is removed like the others."""
+        if name and self._spare(size, name):
+            return Taken.FILE
         with self._lock:
             if not self._looks:
                 self._wait_for_a_look()
@@ -63,19 +78,50 @@ class Room:
             if victims is None and self._wait_for_a_look():
                 victims = self._victims(size)
             if victims is None or not self._looks:
-                return False
+                return Taken.NOTHING
             self._used += size
             self._since += size
             self._coming += size
             if self._since > self._capacity // _PART:
                 self._wanted.set()
-        for path in victims:
-            try:
-                os.unlink(path)
-            except OSError:
-                continue  # somebody else's victim too
-            self.evicted += 1
-            self._gone(path)
+        taken = Taken.ROOM
+        for path, length in victims:
+            if name and length == size and taken is Taken.ROOM and _renamed(path, name):
+                taken = Taken.FILE
+            elif not (name and length == size and self._keep(path, length)):
+                try:
+                    os.unlink(path)
+                except OSError:
+                    continue  # somebody else's victim too
+            if not path.startswith(self._passing):
+                self.evicted += 1
+                self._gone(path)
+        return taken
+
+    def _spare(self, size: int, name: str) -> bool:
+        """Whether there was a spare file of this size, and it is called so now."""
+        with self._lock:
+            found = next((spare for spare in self._spares if spare[0] == size), None)
+            if found is None:
+                return False
+            self._spares.remove(found)
+            self._coming += size
+        if _renamed(found[1], name):
+            return True
+        with self._lock:
+            self._coming -= size
+            self._used -= size
+        return False
+
+    def _keep(self, path: str, length: int) -> bool:
+        """Whether a file that goes is kept for the next page of its size: more than had to go went, since what was
+        written during a look may have been counted twice."""
+        spare = f"{self._passing}/{os.urandom(12).hex()}.spare"
+        if len(self._spares) >= _SPARES or self._closing or not _renamed(path, spare):
+            return False
+        with self._lock:
+            self._spares.append((length, spare))
+            self._used += length
         return True
 
     def made(self, size: int) -> None:
@@ -106,6 +152,11 @@ class Room:
         self._closing = True
         self._wanted.set()
         self._thread.join(2)
+        with self._lock:
+            spares, self._spares = self._spares, []
+        for _, path in spares:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     def _wait_for_a_look(self) -> bool:
         """Whether one was finished within a moment. Under the lock."""
@@ -118,9 +169,14 @@ class Room:
         self._too_slow = looks
         return False
 
-    def _victims(self, size: int) -> list[str] | None:
-        """What has to go for `size` more bytes, forgotten here already; None: not enough is known. Under the lock."""
+    def _victims(self, size: int) -> list[tuple[str, int]] | None:
+        """(path, bytes) of what has to go for `size` more, forgotten here already; None: not enough is known. Under the
+        lock."""
         victims: list[tuple[float, int, str]] = []
+        while self._used + size > self._capacity and self._spares:
+            length, path = self._spares.pop(0)
+            victims.append((0.0, length, path))
+            self._used -= length
         while self._used + size > self._capacity and self._oldest:
             time, length, path = self._oldest.popleft()
             try:
@@ -131,7 +187,7 @@ class Room:
             victims.append((time, length, path))
             self._used -= length
         if self._used + size <= self._capacity:
-            return [path for _, _, path in victims]
+            return [(path, length) for _, length, path in victims]
         self._oldest.extendleft(reversed(victims))
         self._used += sum(length for _, length, _ in victims)
         return None
@@ -170,3 +226,11 @@ class Room:
             if len(oldest) >= 2 * _KNOWN:
                 oldest = heapq.nsmallest(_KNOWN, oldest)
         return used, heapq.nsmallest(_KNOWN, oldest)
+
+
+def _renamed(path: str, name: str) -> bool:
+    try:
+        os.rename(path, name)
+    except OSError:
+        return False
+    return True

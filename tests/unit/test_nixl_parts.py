@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 
 from storage_backends.base import OptionError
 from storage_backends.nixl import library
+from storage_backends.nixl.files import Files
 from storage_backends.nixl.options import NixlOptions
-from storage_backends.nixl.room import Room
+from storage_backends.nixl.room import Room, Taken
 
 MIB = 1 << 20
 
@@ -212,3 +214,75 @@ def test_files_that_go_by_other_hands_are_no_trouble(rooms: Rooms, tmp_path: Pat
         assert put(room, tmp_path, f"{i}", age=0)
     assert room.remove(str(tmp_path / "11"))
     assert not room.remove(str(tmp_path / "11"))
+
+
+def test_the_file_of_a_page_that_goes_is_the_next_one_s(rooms: Rooms, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    gone: list[str] = []
+    room = rooms(8 * MIB, gone.append)
+    for i in range(8):
+        assert put(room, tmp_path, f"{i}", age=100 - i)
+        looked(room)
+    was = (tmp_path / "0").stat().st_ino
+    assert room.take(MIB, str(tmp_path / "tmp" / "new")) is Taken.FILE
+    room.made(MIB)
+    assert (tmp_path / "tmp" / "new").stat().st_ino == was
+    assert gone == [str(tmp_path / "0")]
+    looked(room)
+    assert room.take(2 * MIB, str(tmp_path / "tmp" / "larger")) is Taken.ROOM, "those that go are of another size"
+    room.made(2 * MIB)
+    room.give(2 * MIB)
+    assert not (tmp_path / "tmp" / "larger").exists()
+    assert sorted(gone) == [str(tmp_path / name) for name in "012"]
+
+
+def test_what_went_too_early_is_kept_for_the_next_page(rooms: Rooms, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    room = rooms(8 * MIB)
+    for i in range(8):
+        assert put(room, tmp_path, f"{i}", age=100 - i)
+        looked(room)
+    wanted, room._wanted = room._wanted, threading.Event()  # no look of its own meanwhile
+    room._used += 2 * MIB  # as if what came during a look had been counted twice
+    before = room.used
+    assert room.take(MIB, str(tmp_path / "tmp" / "a")) is Taken.FILE
+    room.made(MIB)
+    spares = list((tmp_path / "tmp").glob("*.spare"))
+    assert len(spares) == 2
+    assert room.used == before, "three went, one came, two are there still"
+    for name in "bc":
+        assert room.take(MIB, str(tmp_path / "tmp" / name)) is Taken.FILE
+        room.made(MIB)
+    assert not any(spare.exists() for spare in spares)
+    assert {path.name for path in tmp_path.iterdir()} == {"3", "4", "5", "6", "7", "tmp"}
+    room._used -= MIB  # they were not: one of the two is right
+    assert room.take(MIB, str(tmp_path / "tmp" / "d")) is Taken.FILE
+    (spare,) = (tmp_path / "tmp").glob("*.spare")
+    room._wanted = wanted
+    room.close()
+    assert not spare.exists()
+
+
+def test_a_reader_can_tell_that_his_file_became_another_page_s(rooms: Rooms, tmp_path: Path) -> None:
+    """Its times say so, or its name does."""
+    root = tmp_path / "pages"
+    root.mkdir()
+    room = Room(root, 4 * MIB, root / "x" / "tmp", lambda path: None)
+    files = Files(root, "x", room)
+    for name in ("x/1/s/aa", "x/1/s/ab", "x/1/s/ac"):
+        made = files.create(name, MIB)
+        assert made.publish(False)
+        made.close()
+    assert not files.create("x/1/s/ab", MIB).publish(False), "there already"
+    page, same, other = (files.open(f"x/1/s/{key}", MIB) for key in ("aa", "ab", "ac"))
+    assert not any(one.changed() for one in (page, same, other))
+    os.rename(root / "x/1/s/aa/aa.page", root / "x" / "tmp" / "reused")
+    assert page.changed()
+    os.utime(root / "x/1/s/ab/ab.page", (1, 1))
+    assert same.changed()
+    assert not other.changed()
+    os.replace(root / "x" / "tmp" / "reused", root / "x/1/s/ac/ac.page")
+    assert other.changed()
+    for one in (page, same, other):
+        one.close()
+    files.close()
