@@ -98,7 +98,7 @@ class MooncakeBackend(ObjectBackend):
             while group.open:
                 process = self._client.process()
                 load = Load(process, part, group)
-                for page in group.open:
+                for page in self._at_once(group, part):
                     if not load.add(page, copied=False):
                         break
                 if not load.pages:
@@ -118,7 +118,7 @@ class MooncakeBackend(ObjectBackend):
             while group.open:
                 process = self._client.process()
                 load = Load(process, part, group)
-                for page in group.open:
+                for page in self._at_once(group, part):
                     if not load.add(page, copied=self._sealed):
                         break
                     load.fill()
@@ -178,6 +178,13 @@ class MooncakeBackend(ObjectBackend):
         codes = self._client.process().ask(request)
         _away(codes)
         return codes
+
+    def _at_once(self, group: Group, part: Part) -> list[int]:
+        """The pages of the next request: where the window has no room for all of them, requests of about one size."""
+        if self.options.is_direct:
+            return group.open
+        requests = -(-len(group.open) // max(1, part.room(group.form.size)))
+        return group.open[: -(-len(group.open) // requests)]
 
     def _keys(self, group: Group, load: Load) -> list[str]:
         return [self.name(group, page) for page in load.pages]

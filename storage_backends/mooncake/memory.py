@@ -110,6 +110,10 @@ class Part:
         """Everything in it is free again."""
         self._used = 0
 
+    def room(self, size: int) -> int:
+        """How many times `size` bytes could be taken from all of it."""
+        return self.size // (-(-size // _ALIGNMENT) * _ALIGNMENT)
+
     def take(self, size: int) -> tuple[int, memoryview] | None:
         """`size` bytes, aligned to 4 KiB: address and view; None when they are not left."""
         if self._used + size > self.size:
