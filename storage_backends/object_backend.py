@@ -148,7 +148,7 @@ class ObjectBackend(Backend):
 
     def name(self, group: Group, page: int) -> str:
         """The object's name on the store: format version, namespace (its salt and tenant are in there), key."""
-        return self._start(group.batch.namespace) + group.batch.key(page).hex()
+        return self._start(group.batch.namespace.digest) + group.batch.key(page).hex()
 
     def count(self, what: str, by: int = 1) -> None:
         with self._count_lock:
@@ -201,7 +201,7 @@ class ObjectBackend(Backend):
         digest, size = batch.namespace.digest, self._formats.of(batch.namespace).size
         keys = _keys(batch)
         sizes: list[int] = []
-        if self._attempt("lookup", lambda: sizes.extend(self.sizes(self._names(batch.namespace, keys)))):
+        if self._attempt("lookup", lambda: sizes.extend(self.sizes(self._names(digest, keys)))):
             return np.zeros(len(batch), np.uint8)
         found = np.array(sizes, np.int64) == size
         self._presence.seen(digest, [key for key, there in zip(keys, found, strict=True) if there])
@@ -226,7 +226,7 @@ class ObjectBackend(Backend):
         for namespace in namespaces:
             self._presence.forget(namespace.digest)
             self._absence.forget(namespace.digest)
-            self._attempt("clear", partial(self.clear_start, self._start(namespace)))
+            self._attempt("clear", partial(self.clear_start, self._start(namespace.digest)))
 
     def stats(self) -> Mapping[str, int | float | str]:
         """pages: those seen lately, by us; how many there are is the store's to tell. refused: not asked while away."""
@@ -295,7 +295,7 @@ class ObjectBackend(Backend):
 
     def _write_present(self, group: Group, pages: list[int]) -> None:
         """Which of these pages need no write, because they are there and whole."""
-        names = self._names(group.batch.namespace, [group.batch.key(page) for page in pages])
+        names = self._names(group.batch.namespace.digest, [group.batch.key(page) for page in pages])
         sizes = dict(zip(pages, self.sizes(names), strict=True))
         there = [page for page in pages if sizes[page] == group.form.size]
         group.misfits = {page for page in pages if sizes[page] not in (group.form.size, -1)}
@@ -309,7 +309,7 @@ class ObjectBackend(Backend):
         self._presence.gone(namespace.digest, keys)
         self._absence.gone(namespace.digest, keys)
         were: list[bool] = []
-        self._attempt("remove", lambda: were.extend(self.delete(self._names(namespace, keys))))
+        self._attempt("remove", lambda: were.extend(self.delete(self._names(namespace.digest, keys))))
         removed = [key for key, was in zip(keys, were, strict=False) if was]
         self.report(Residency.REMOVED, namespace.digest, b"".join(removed))
         self.count("removed", len(removed))
@@ -317,10 +317,10 @@ class ObjectBackend(Backend):
 
     # ---- names and errors
 
-    def _start(self, namespace: Namespace) -> str:
-        return self.SEPARATOR.join((self.options.prefix, str(VERSION), namespace.digest.hex(), ""))
+    def _start(self, namespace: bytes) -> str:
+        return self.SEPARATOR.join((self.options.prefix, str(VERSION), namespace.hex(), ""))
 
-    def _names(self, namespace: Namespace, keys: list[bytes]) -> list[str]:
+    def _names(self, namespace: bytes, keys: list[bytes]) -> list[str]:
         start = self._start(namespace)
         return [start + key.hex() for key in keys]
 

@@ -40,6 +40,26 @@ class Presence:
             for key in keys:
                 self._seen.pop((namespace, key), None)
 
+    def oldest(self, most: int) -> list[tuple[bytes, bytes, float]]:
+        """Up to `most` of the pages for which the time has run out, those first that were seen the longest ago:
+        namespace, key, and until when that was good."""
+        now = time.monotonic()
+        found: list[tuple[bytes, bytes, float]] = []
+        with self._lock:
+            for (namespace, key), until in self._seen.items():
+                if until > now or len(found) == most:
+                    break
+                found.append((namespace, key, until))
+        return found
+
+    def drop(self, namespace: bytes, key: bytes, until: float) -> bool:
+        """This page is not there, unless it was seen since `oldest` said so; whether that is so."""
+        with self._lock:
+            if self._seen.get((namespace, key)) != until:
+                return False
+            del self._seen[namespace, key]
+            return True
+
     def forget(self, namespace: bytes) -> None:
         """Nothing is known of this namespace any more."""
         with self._lock:

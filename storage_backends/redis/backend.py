@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import redis
 
-from storage_backends.base import BackendOptions, Capabilities, Dispatcher, Outcome
+from storage_backends.base import BackendOptions, Capabilities, Dispatcher, Outcome, Residency, ResidencyListener
 from storage_backends.object_backend import Group, ObjectBackend, TooLate, Unreachable
 from storage_backends.redis.options import RedisOptions
+from storage_backends.redis.recheck import Recheck
 from storage_backends.redis.resp import ReplyError, Resp, command, command_around
 from storage_backends.redis.servers import Node, Servers
 from storage_backends.secrets import load_secret
@@ -47,6 +48,7 @@ class RedisBackend(ObjectBackend):
         self._wires: set[Resp] = set()
         self._free: defaultdict[Node, list[Resp]] = defaultdict(list)
         self._lock = threading.Lock()
+        self._recheck: Recheck | None = None
 
     @classmethod
     def check(cls, options: BackendOptions) -> None:
@@ -126,6 +128,42 @@ class RedisBackend(ObjectBackend):
         self._ask(names, lambda i: [command("UNLINK", names[i])], receive)
         return were
 
+    def on_residency(self, listener: ResidencyListener | None) -> None:
+        super().on_residency(listener)
+        if listener is not None and self.options.recheck and self._recheck is None:
+            self._recheck = Recheck(self.options.recheck, self._presence, self._still_there, self._evicted)
+
+    def _still_there(self, namespace: bytes, keys: list[bytes]) -> list[bool] | None:
+        """Of each page, whether the server has it; does not make it younger, as STRLEN would."""
+        names, found = self._names(namespace, keys), [True] * len(keys)
+        forbidden: list[ReplyError] = []
+
+        def receive(wire: Resp, i: int) -> ReplyError | None:
+            answer = wire.reply()
+            if isinstance(answer, ReplyError):
+                if answer.kind != "NOPERM":
+                    return answer
+                forbidden.append(answer)
+            found[i] = answer == 1
+            return None
+
+        if self._attempt("recheck", lambda: self._ask(names, lambda i: [command("EXISTS", names[i])], receive)):
+            return None
+        if forbidden:
+            assert self._recheck is not None
+            self._recheck.close()
+            self._once("recheck", "redis: evicted pages go unnoticed until they are asked for: %s", forbidden[0])
+            return None
+        return found
+
+    def _evicted(self, namespace: bytes, keys: list[bytes]) -> None:
+        self.count("evicted", len(keys))
+        self.report(Residency.REMOVED, namespace, b"".join(keys))
+
+    def stats(self) -> Mapping[str, int | float | str]:
+        """evicted: pages that were not there any more when they were asked for again in the background."""
+        return {**super().stats(), "evicted": self.counts["evicted"]}
+
     def clear_start(self, start: str) -> None:
         client = self._servers.client()
         try:
@@ -155,6 +193,8 @@ class RedisBackend(ObjectBackend):
         return found
 
     def abort(self) -> None:
+        if self._recheck is not None:
+            self._recheck.close()
         with self._lock:
             wires = list(self._wires)
         for wire in wires:

@@ -20,6 +20,8 @@ class RedisOptions(ObjectOptions):
     username: of an ACL user. password_env, password_file: variable or file with the password.
     tls_ca, tls_cert, tls_key: files (PEM); the client's own certificate only where the server asks for one.
     ttl: seconds after which the server drops a page that nobody stored again (0: never).
+    recheck: pages a second that are asked for again in the background while somebody wants to hear of changes, so that
+    what the server evicted is noticed (0: never).
     connect_timeout: seconds that a connection may take, and each answer to its greeting.
     """
 
@@ -34,6 +36,7 @@ class RedisOptions(ObjectOptions):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     ttl: int = Field(0, ge=0)
+    recheck: int = Field(100, ge=0, le=10_000)
     connect_timeout: float = Field(2.0, gt=0, le=60)
 
     def checked(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from storage_backends import registry
+from tests.mooncake_server import MooncakeServer, installed
 from tests.netns import Host, Network
 from tests.store_worker import StoreWorker
 
@@ -38,6 +39,9 @@ class Site:
         self.writer_host, self.reader_host, self.store_host = self.network.hosts
         if kind == "redis":
             self.start_redis()
+        elif kind == "mooncake":
+            installed()
+            self.mooncake = MooncakeServer(self.store_host, 256 << 20, client_ttl=5)
 
     def start_redis(self) -> None:
         pytest.importorskip("redis")
@@ -62,6 +66,8 @@ class Site:
         shared: dict[str, Any]
         if self.kind == "redis":
             shared = {"url": f"redis://{self.store_host.address}:6379", "timeout": TIMEOUT, "connect_timeout": TIMEOUT}
+        elif self.kind == "mooncake":
+            shared = self.mooncake.options(timeout=5)
         else:
             shared = {"path": str(self._folder / "share"), "linger": 0.2, "refresh": 0.2, "timeout": 10}
         first = {"type": "local", "path": str(self._folder / name / "disk"), "capacity": "64MiB"}
@@ -69,7 +75,7 @@ class Site:
         return StoreWorker(host, self._folder / name, [first, *tiers] if disk else tiers)
 
 
-@pytest.fixture(params=["redis"])
+@pytest.fixture(params=["redis", "mooncake", "shared_fs"])
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     with ExitStack() as stack:
         yield Site(stack, tmp_path, request.param)
@@ -109,6 +115,10 @@ def test_the_writing_host_loses_its_power_in_the_middle(site: Site) -> None:
     writer, reader = site.worker(site.writer_host, "writer"), site.worker(site.reader_host, "reader")
     writer.tell("write_forever", chain="w", pages=PAGES)
     done = [writer.answer() for _ in range(3)]
+    kept = None
+    if site.kind == "shared_fs":  # what is in a segment that nobody has closed yet goes with its writer
+        all_of_it(reader, done[0])
+        kept = 1
     site.network.vanish(site.writer_host)
     while (name := writer.answer()) is not None:
         done.append(name)
@@ -116,7 +126,7 @@ def test_the_writing_host_loses_its_power_in_the_middle(site: Site) -> None:
         got = reader.ask("read", chain=f"w/{turn}", pages=PAGES)
         assert got["wrong"] == 0
         assert got["seconds"] < BOUND
-    for name in done:
+    for name in done[:kept]:
         all_of_it(reader, name)
     assert reader.ask("write", chain="mine", pages=PAGES) == PAGES
 

@@ -104,14 +104,20 @@ def test_no_server_at_the_start_and_one_that_is_restarted_empty(tier: Open, stac
     assert set(served(backend)) <= {Outcome.FAILED, Outcome.MISS}, "there is no such bucket yet"
     late.bucket("cache")
     recovers(backend)
-    killer = threading.Timer(0.1, late.kill)
-    killer.start()
-    outcomes = served(backend) + store(backend, chain("b", 8))
-    killer.join()
-    assert set(outcomes) <= {Outcome.HIT, Outcome.FAILED, Outcome.TIMEOUT}
-    assert Outcome.HIT not in served(backend)
-    late.start()
-    late.bucket("cache")
+    for work in ("read", "write"):
+        killer = threading.Timer(0.1, late.kill)
+        killer.start()
+        outcomes, turn = HITS, 0
+        while outcomes == HITS:
+            turn += 1
+            outcomes = served(backend) if work == "read" else store(backend, chain(f"b{turn}", len(KEYS)))
+        killer.join()
+        assert set(outcomes) <= {Outcome.HIT, Outcome.FAILED, Outcome.TIMEOUT}
+        assert Outcome.HIT not in served(backend)
+        late.start()
+        late.bucket("cache")
+        if work == "read":
+            recovers(backend)
     deadline = time.monotonic() + 60
     while Outcome.MISS not in (outcomes := served(backend)) and time.monotonic() < deadline:
         time.sleep(0.1)
