@@ -7,25 +7,19 @@ this machine and its disks (hicache_ext.doctor), or how fast tiers are (`hicache
 from __future__ import annotations
 
 import json
-import logging
-import os
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from hicache_ext.config import Config, ConfigError, TierConfig
+from hicache_ext.doctor import server
 from hicache_ext.doctor.isolation import Call, ask
-from hicache_ext.page import KEY_BYTES, Namespace, PageLayout
-from storage_backends.base import Backend, Capabilities, Dispatcher, KeyBatch, Outcome, PageBatch
-from storage_backends.buffers import OwnedMemory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -40,26 +34,6 @@ _PROMOTES = {
     "second_hit": "what is read here twice goes up to the first tier",
     "never": "what is read here stays here",
 }
-
-
-@dataclass
-class Ping:
-    """What a tier said. *_ms: of the lookup, and of the page that was written and read, where that was asked for.
-
-    asked: false where it was not opened at all.
-    """
-
-    asked: bool = True
-    problem: str = ""
-    fix: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    persistent: bool = False
-    shared: bool = False
-    medium: str = ""
-    lookup_ms: float | None = None
-    write_ms: float | None = None
-    read_ms: float | None = None
-    stats: dict[str, int | float | str] = field(default_factory=dict)
 
 
 @app.callback()
@@ -97,13 +71,15 @@ def check(
     if offline:
         # Some backends know what they can do only once they are open.
         known = [getattr(config.backend(i)[0], "capabilities", None) for i in range(len(config.tiers))]
-        pings = [Ping() if told is None else _told(told) for told in known]
+        pings = [server.Ping() if told is None else server.told(told) for told in known]
         pings = [replace(ping, asked=False) for ping in pings]
     else:
-        answers = ask([Call(partial(_ping, config, i, write), _SECONDS, Ping) for i in range(len(config.tiers))])
+        calls = [partial(server.ping, config, i, write) for i in range(len(config.tiers))]
+        answers = ask([Call(call, _SECONDS, server.Ping) for call in calls])
         pings = [
             answer.value if not answer.problem
-            else Ping(problem=answer.problem, fix="look whether its server or disk answers") for answer in answers
+            else server.Ping(problem=answer.problem, fix="look whether its server or disk answers")
+            for answer in answers
         ]  # fmt: skip
     if as_json:
         typer.echo(json.dumps(_as_dict(file, config, pings), indent=1))
@@ -118,75 +94,6 @@ def reaches(config: Config, tier: int) -> str:
     return "every page that is written" if tier == 0 else _WRITES[chosen.write].format(hits=chosen.write_hits)
 
 
-def _ping(config: Config, tier: int, write: bool) -> Ping:
-    logging.disable(logging.CRITICAL)  # what a backend has to say is said by its outcome here
-    chosen, options = config.backend(tier)
-    dispatcher = Dispatcher()
-    try:
-        backend = chosen(options, dispatcher)
-    except Exception as error:
-        text, _, fix = str(error).partition(". Fix: ")
-        return Ping(problem=text or type(error).__name__, fix=fix or "look whether its server or disk answers")
-    try:
-        return _ask(backend, write)
-    finally:
-        backend.close()
-        dispatcher.close()
-
-
-def _told(capabilities: Capabilities) -> Ping:
-    return Ping(persistent=capabilities.persistent, shared=capabilities.shared, medium=capabilities.medium)
-
-
-def _ask(backend: Backend, write: bool) -> Ping:
-    ping = _told(backend.capabilities)
-    space = Namespace("hicache-ext config check", "", PageLayout("check", "flat", "uint8", 1, (64 << 10,)))
-    key = os.urandom(KEY_BYTES)
-    since = time.monotonic()
-    found = backend.lookup(KeyBatch(space, key))
-    ping.lookup_ms = _ms(since)
-    if found.any():
-        ping.problem, ping.fix = "says that it has a page that nobody stored", "report this"
-    if write and not ping.problem:
-        _round_trip(backend, space, key, ping)
-    ping.versions = dict(backend.versions())
-    ping.stats = dict(backend.stats())
-    state = str(ping.stats.get("state", "ok"))
-    if not ping.problem and state not in ("ok", "disk full"):
-        ping.problem, ping.fix = state, "look whether its server or disk answers"
-    return ping
-
-
-def _round_trip(backend: Backend, space: Namespace, key: bytes, ping: Ping) -> None:
-    size = space.layout.payload_bytes
-    memory = OwnedMemory(size)
-    page = np.frombuffer(memory.view, np.uint8)
-    page[:] = np.frombuffer(os.urandom(size), np.uint8)
-    before = page.copy()
-    batch = PageBatch(
-        space, key, None, np.array([memory.address], np.uint64), np.array([size], np.uint64),
-        np.array([0, 1], np.int64), memory,
-    )  # fmt: skip
-    since = time.monotonic()
-    stored = backend.write(batch).result()[0]
-    ping.write_ms = _ms(since)
-    page[:] = 0
-    since = time.monotonic()
-    read = backend.read(batch).result()[0] if stored == Outcome.HIT else stored
-    ping.read_ms = _ms(since)
-    backend.remove(KeyBatch(space, key))
-    if stored != Outcome.HIT:
-        ping.problem, ping.fix = f"a write ended as {stored.name}", "look at its room, rights and health in `stats`"
-    elif read != Outcome.HIT:
-        ping.problem, ping.fix = f"the page came back as {read.name}", "look at its health in `stats`"
-    elif not np.array_equal(page, before):
-        ping.problem, ping.fix = "gave back other bytes than were stored", "report this"
-
-
-def _ms(since: float) -> float:
-    return round((time.monotonic() - since) * 1e3, 3)
-
-
 def _options(config: Config, tier: int) -> dict[str, str]:
     """The backend's options as they will be used; secrets show as stars."""
     _, options = config.backend(tier)
@@ -195,7 +102,7 @@ def _options(config: Config, tier: int) -> dict[str, str]:
     return {name: value if name in given else f"{value} (default)" for name, value in shown.items()}
 
 
-def _print(file: Path, config: Config, pings: list[Ping]) -> None:
+def _print(file: Path, config: Config, pings: list[server.Ping]) -> None:
     out = Console(soft_wrap=True, highlight=False)
     out.print(f"{file}: valid, {len(pings)} tier{'s' if len(pings) > 1 else ''}, fast to slow", markup=False)
     for i, (tier, ping) in enumerate(zip(config.tiers, pings, strict=True)):
@@ -229,7 +136,7 @@ def _named(tier: TierConfig) -> str:
     return tier.label if tier.label == tier.type else f"{tier.label} ({tier.type})"
 
 
-def _as_dict(file: Path, config: Config, pings: list[Ping]) -> dict[str, Any]:
+def _as_dict(file: Path, config: Config, pings: list[server.Ping]) -> dict[str, Any]:
     return {
         "file": str(file),
         "ok": not any(ping.problem for ping in pings),

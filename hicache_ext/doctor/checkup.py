@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from hicache_ext.config import Config, ConfigError, TierConfig, read_file
-from hicache_ext.doctor import engines, memory, share, shared_memory, sharing, software, tier
+from hicache_ext.doctor import engines, memory, server, share, shared_memory, sharing, software, tier
 from hicache_ext.doctor.finding import Finding, error, ok
 from hicache_ext.doctor.isolation import Answer, Call, ask
 from storage_backends.local.engine import PREFERENCE
 
 _SECONDS = 10.0
 _TOO_LARGE = re.compile(r"\.capacity = .*the disk has ")
+_SILENT = "look whether its server answers: hicache-ext config check FILE"
 _HUNG_DISK = "look for a disk or a mount that does not answer: sudo dmesg | tail; cat /proc/mounts"
 
 
@@ -30,12 +31,13 @@ def checkup(config: Path | None = None, seconds: float = _SECONDS) -> list[Findi
     places: list[tier.Place] = []
     shares: list[share.SharePlace] = []
     regions: list[shared_memory.Place] = []
+    servers: list[tuple[int, str]] = []
     findings: list[Finding] = []
     if config is None:
         findings.append(ok("configuration", "none given: tiers are not checked (--config FILE)"))
     else:
         (known,) = ask([Call(partial(_places, config), seconds, _Places)])
-        places, shares, regions = known.value or ([], [], [])
+        places, shares, regions, servers = known.value or ([], [], [], [])
     probes: list[tuple[str, Callable[[], Any], str]] = [
         ("software", software.probe, "python -m pip check"),
         ("memory", memory.probe, "cat /proc/self/status"),
@@ -45,6 +47,7 @@ def checkup(config: Path | None = None, seconds: float = _SECONDS) -> list[Findi
     ]
     if config is not None:
         probes.insert(0, ("configuration", partial(configuration, config), _HUNG_DISK))
+        probes += [(f"{label}: server", partial(server.probe, config, number), _SILENT) for number, label in servers]
     calls = [Call(partial(_try_engine, name), seconds, engines.Trial) for name in PREFERENCE]
     answers = ask(calls + [Call(probe, seconds, list[Finding]) for _, probe, _ in probes])
     tried = {name: _engine_answer(answers[i]) for i, name in enumerate(PREFERENCE)}
@@ -70,28 +73,30 @@ def configuration(file: Path) -> list[Finding]:
     return [ok("configuration", f"{file}: valid; tiers, fast to slow: {tiers}"), *sharing.probe(config)]
 
 
-_Places = tuple[list[tier.Place], list[share.SharePlace], list[shared_memory.Place]]
+_Places = tuple[list[tier.Place], list[share.SharePlace], list[shared_memory.Place], list[tuple[int, str]]]
 
 
 def _places(file: Path) -> _Places:
-    """The local tiers, the shares and the tiers in memory of a file as far as it can be understood; `configuration`
-    says what is wrong with the rest."""
+    """The local tiers, the shares, the tiers in memory and those with a server (number and name) of a file as far as it
+    can be understood; `configuration` says what is wrong with the rest."""
     disks: list[tier.Place] = []
     shares: list[share.SharePlace] = []
     regions: list[shared_memory.Place] = []
+    servers: list[tuple[int, str]] = []
     try:
         listed = read_file(file).get("tiers")
     except ConfigError:
-        return disks, shares, regions
-    for values in listed if isinstance(listed, list) else []:
+        return disks, shares, regions, servers
+    for number, values in enumerate(listed if isinstance(listed, list) else []):
         try:
             chosen = TierConfig.model_validate(values)
             disks += _disks(chosen)
             shares += _shares(chosen)
             regions += shared_memory.places(chosen)
+            servers += [(number, chosen.label)] if server.has_server(chosen) else []
         except ValueError:
             continue
-    return disks, shares, regions
+    return disks, shares, regions, servers
 
 
 def _shares(chosen: TierConfig) -> list[share.SharePlace]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from storage_backends.local import LocalBackend, engine_liburing, engine_threads
 from storage_backends.local.engine import PREFERENCE
 from storage_backends.memory.region import Pages, Room
 from tests.pages import HostPool, chain, namespace
+from tests.redis_server import RedisServer
 
 #: Imported while whoever runs the tests may: the interpreter itself may lie where nobody cannot read.
 _ENGINES = (engine_liburing, engine_threads)
@@ -343,6 +346,22 @@ def test_a_hung_disk_is_an_error_and_does_not_hang_doctor(tmp_path: Path, monkey
     assert hung.name == "local: path"
     assert "no answer" in hung.text
     assert any(finding.name == "python" for finding in findings)
+
+
+def test_a_server_is_asked_whether_it_answers(tmp_path: Path) -> None:
+    pytest.importorskip("redis")
+    with RedisServer() as server, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        ports = {"near": server.port, "far": nobody.getsockname()[1]}
+        tiers = [{"type": "redis", "name": name, "url": f"redis://127.0.0.1:{port}"} for name, port in ports.items()]
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump({"tiers": tiers}))
+        found = {finding.name: finding for finding in checkup(file)}
+    assert found["near: server"].level is Level.OK
+    assert re.search(r"answers, a lookup in [\d.]+ ms \(.*server redis \d", found["near: server"].text)
+    assert found["far: server"].level is Level.ERROR
+    assert "refused" in found["far: server"].text
+    assert found["far: server"].fix
 
 
 # --- the command
