@@ -202,6 +202,7 @@ class Completion:
         self._dispatcher = dispatcher
         self._callbacks: list[Callable[[Completion], None]] = []
         self.cancelled = threading.Event()
+        self._on_cancel: list[Callable[[], None]] = []
         if pages == 0:
             self._done.set()
 
@@ -249,7 +250,19 @@ class Completion:
 
     def cancel(self) -> None:
         """Best effort: pages whose I/O has not begun settle as TIMEOUT; the others run to their end."""
-        self.cancelled.set()
+        with self._lock:
+            self.cancelled.set()
+            calls, self._on_cancel = self._on_cancel, []
+        for call in calls:
+            call()
+
+    def on_cancel(self, call: Callable[[], None]) -> None:
+        """Call once when cancelled, on the thread that does so; at once when that has been."""
+        with self._lock:
+            if not self.cancelled.is_set():
+                self._on_cancel.append(call)
+                return
+        call()
 
     def result(self, timeout: float | None = None) -> list[Outcome]:
         """Wait, then the outcomes as enums. TimeoutError when `timeout` seconds went by first."""

@@ -48,6 +48,14 @@ class Flights:
                     leads[key].followers.setdefault(key, []).append((batch, page, result))
             return leading
 
+    def is_followed(self, batch: PageBatch) -> bool:
+        """Whether somebody waits for pages that this batch moves."""
+        with self._lock:
+            leads = self._leads.get(batch.namespace.digest, {})
+            return any(
+                lead.batch is batch and lead.followers for lead in map(leads.get, split_keys(batch.keys)) if lead
+            )
+
     def end(self, batch: PageBatch, pages: list[int], outcomes: bytes | bytearray) -> None:
         """These pages of a leader have arrived. Before its completion says so: its buffers are copied from here."""
         keys = split_keys(batch.keys)

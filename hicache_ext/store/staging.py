@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 from hicache_ext.store.copies import CopyBudget, copy_pages
 from storage_backends.base import Backend, Completion, Dispatcher, Outcome, PageBatch
@@ -16,7 +17,8 @@ from storage_backends.base import Backend, Completion, Dispatcher, Outcome, Page
 def read_staged(
     backend: Backend, batch: PageBatch, deadline: float, budget: CopyBudget, dispatcher: Dispatcher
 ) -> Completion:
-    """Read `batch` until `deadline` (time.monotonic() seconds): what is verified by then is copied, the rest TIMEOUT.
+    """Read `batch` until `deadline` (time.monotonic() seconds), or until the completion is cancelled: what is verified by
+    then is copied, the rest TIMEOUT.
 
     The returned completion is done at the deadline at the latest, and from then on no byte of the batch's buffers
     changes. Beyond the budget everything is REJECTED.
@@ -53,5 +55,6 @@ def read_staged(
         budget.give(staged)
 
     timer.start()
+    result.on_cancel(partial(publish, True))
     inner.on_done(arrived)
     return result

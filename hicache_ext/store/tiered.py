@@ -184,7 +184,8 @@ class TieredStore:
         """Fill the pages' buffers; an outcome per page. A page that one tier cannot give is asked of the next.
 
         deadline: time.monotonic() seconds by which every page has its outcome, late ones as TIMEOUT; such a read
-        goes through memory of our own. None: read straight into the buffers and wait for the device.
+        goes through memory of our own. None: read straight into the buffers and wait for the device. Cancelled, no
+        further tier is asked, and a read with a deadline ends at once.
         """
         if self._closed:
             return Completion.finished(len(batch), Outcome.MISS)
@@ -202,6 +203,9 @@ class TieredStore:
         before: list[Outcome],
     ) -> None:  # fmt: skip
         """Ask the tiers from number `first` on. before: what a page's outcome is when none of them has it."""
+        if result.cancelled.is_set():
+            self._settle_read(batch, pages, bytes([Outcome.TIMEOUT]) * len(pages), result, deadline)
+            return
         mine = batch if len(pages) == len(batch) else batch.select(pages)
         where = self._where(mine, first, deadline)
         for index in np.unique(where):
@@ -225,7 +229,13 @@ class TieredStore:
                     # A backend may raise only for a programming error; that too must not cost a request.
                     logger.exception("%s: read raised; the pages count as failed", tier.name)
                     sent = Completion.finished(len(part), Outcome.FAILED)
+            result.on_cancel(partial(self._cancel, batch, deadline, sent))
             sent.on_done(partial(self._arrived, batch, theirs, result, deadline, int(index), so_far, since=since))
+
+    def _cancel(self, batch: PageBatch, deadline: float | None, sent: Completion) -> None:
+        """Whoever asked does not want it any more, which is no concern of those that wait for the same pages."""
+        if deadline is not None or not self._reading.is_followed(batch):
+            sent.cancel()
 
     def _where(self, batch: PageBatch, first: int, deadline: float | None) -> np.ndarray:
         """uint8[n]: which tier to ask for each page. Servers are not asked twice: a read says as much as a lookup."""
@@ -252,7 +262,8 @@ class TieredStore:
     ) -> None:  # fmt: skip
         """A tier has answered for these pages."""
         tier, outcomes, namespace = self.tiers[index], done.outcomes, batch.namespace.digest
-        tier.account("read", outcomes)
+        if not result.cancelled.is_set():  # what came late then is not the tier's fault
+            tier.account("read", outcomes)
         good = [page for page, outcome in zip(pages, outcomes, strict=True) if outcome == Outcome.HIT]
         if self._listener is not None:
             gone = [batch.key(p) for p, o in zip(pages, outcomes, strict=True) if o in (Outcome.MISS, Outcome.CORRUPT)]

@@ -278,6 +278,38 @@ def test_a_hung_server_holds_up_nobody_else(make: Make) -> None:
     assert np.array_equal(pool.bytes, before), "no late byte"
 
 
+def test_a_cancelled_read_ends_and_costs_nobody_else(make: Make) -> None:
+    store, _, far = make()
+    away = chain("away", 40)
+    far.write(HostPool(SPACE, 40).write_batch(away)).result(5)
+    far.open.clear()
+    pool = HostPool(SPACE, 40)
+    pool.poison()
+    before = pool.bytes.copy()
+    staged = store.read(pool.batch(away), time.monotonic() + 60)
+    staged.cancel()
+    assert staged.result(5) == [Outcome.TIMEOUT] * 40, "at once: what comes now comes into the store's memory"
+    leader = store.read(HostPool(SPACE, 40).batch(away[:20]))
+    follower = store.read(HostPool(SPACE, 1).batch(away[:1]))
+    alone = store.read(HostPool(SPACE, 20).batch(away[20:]))
+    leader.cancel()
+    alone.cancel()
+    assert not alone.done, "the device may be writing into the engine's pages"
+    far.open.set()
+    assert follower.result(5) == [Outcome.HIT]
+    assert leader.result(5) == [Outcome.HIT] * 20
+    assert set(alone.result(5)) <= {Outcome.HIT, Outcome.TIMEOUT}
+    assert Outcome.TIMEOUT in alone.result(5)
+    assert store.settled(5)
+    assert np.array_equal(pool.bytes, before)
+    assert store.stats()["far"]["read_health"] == "closed"
+    late = Completion(1)
+    late.cancel()
+    told: list[int] = []
+    late.on_cancel(lambda: told.append(1))
+    assert told == [1]
+
+
 def test_a_tier_that_is_down_at_the_start_comes_when_it_can() -> None:
     dispatcher = Dispatcher()
     attempts: list[int] = []
