@@ -17,8 +17,8 @@ from storage_backends.base import Backend, Completion, Dispatcher, Outcome, Page
 def read_staged(
     backend: Backend, batch: PageBatch, deadline: float, budget: CopyBudget, dispatcher: Dispatcher
 ) -> Completion:
-    """Read `batch` until `deadline` (time.monotonic() seconds), or until the completion is cancelled: what is verified by
-    then is copied, the rest TIMEOUT.
+    """Read `batch` until `deadline` (time.monotonic() seconds), or until it is cancelled: what is verified by then is
+    copied, the rest TIMEOUT.
 
     The returned completion is done at the deadline at the latest, and from then on no byte of the batch's buffers
     changes. Beyond the budget everything is REJECTED.
