@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import logging
 import random
 import socket
@@ -306,6 +307,50 @@ def test_tls_and_a_certificate_that_expired(tier: Open, stack: ExitStack, tmp_pa
     server.start()
     server.bucket(bucket)
     recovers(backend)
+
+
+def test_a_wrong_secret_and_rights_that_are_taken_away(
+    tier: Open, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """moto checks signatures and rights here. It knows no signed addresses, so this is obstore's work throughout."""
+    client = pytest.importorskip("boto3").client
+    monkeypatch.setenv("INITIAL_NO_AUTH_ACTION_COUNT", "7")  # what is set up below
+    server = S3Server()
+    stack.callback(server.kill)
+    bucket = server.bucket()
+
+    def iam(key: str, secret: str) -> Any:
+        where = {"endpoint_url": f"http://127.0.0.1:{server.port}", "region_name": "us-east-1"}
+        return client("iam", **where, aws_access_key_id=key, aws_secret_access_key=secret)
+
+    def allow(admin: Any, user: str, action: str) -> None:
+        rights = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": action, "Resource": "*"}]}
+        admin.put_user_policy(UserName=user, PolicyName="rights", PolicyDocument=json.dumps(rights))
+
+    keys, anybody = {}, iam("any", "any")
+    for user, action in (("admin", "*"), ("cache", "s3:*")):
+        anybody.create_user(UserName=user)
+        allow(anybody, user, action)
+        made = anybody.create_access_key(UserName=user)["AccessKey"]
+        keys[user] = made["AccessKeyId"], made["SecretAccessKey"]
+    admin = iam(*keys["admin"])
+
+    def opened(secret: str) -> Backend:
+        monkeypatch.setenv("KEY", keys["cache"][0])
+        monkeypatch.setenv("SECRET", secret)
+        return tier(server.port, bucket, access_key_env="KEY", secret_key_env="SECRET", timeout=5)
+
+    wrong = opened(keys["cache"][1][::-1])
+    assert set(store(wrong)) == set(served(wrong)) == {Outcome.FAILED}
+    assert "privileges" in str(wrong.stats()["state"])
+    right = opened(keys["cache"][1])
+    recovers(right)
+    assert right.stats()["repeated"]
+    admin.delete_user_policy(UserName="cache", PolicyName="rights")
+    assert set(served(right)) == {Outcome.FAILED}
+    assert set(store(right, chain("more", 8))) == {Outcome.FAILED}
+    allow(admin, "cache", "s3:*")
+    recovers(right)
 
 
 class Gate(http.server.BaseHTTPRequestHandler):
