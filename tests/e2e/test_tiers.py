@@ -82,7 +82,7 @@ class Stage:
         if self._host is None:
             pytest.skip("Mooncake needs a network namespace")
         installed()
-        return MooncakeServer(self._host, 256 << 20)
+        return MooncakeServer(self._host, 256 << 20, lease_ms=30_000)
 
     def mooncake_tier(self, **options: Any) -> dict[str, Any]:
         return {"type": "mooncake", **self._mooncake.options(**options)}
@@ -196,7 +196,7 @@ def test_only_the_file_changes(client: Client, stage: Stage, setup: Setup) -> No
             pytest.skip(f"there is no backend {tier['type']} here")
     attach(client, stage, tiers)
     assert loaded(client, stage) == 0, "a page of another tier"
-    assert loaded(client, stage) == WHOLE
+    comes_back(client, stage)
     attach(client, stage, tiers)
     assert loaded(client, stage) == (WHOLE if setup.kept else 0), "found again after a swap"
 

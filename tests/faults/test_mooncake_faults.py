@@ -141,7 +141,8 @@ def test_master_killed_in_the_middle_and_started_empty(tier: Open, server: Moonc
     killer = threading.Timer(0.2, server.kill)
     killer.start()
     while Outcome.FAILED not in (outcomes := served(backend)):
-        assert outcomes == HITS
+        # On a busy machine a lease runs out on the way, and the end of the master shows as silence.
+        assert set(outcomes) <= {Outcome.HIT, Outcome.MISS, Outcome.TIMEOUT}
     killer.join()
     assert set(store(backend, chain("other", 8))) == {Outcome.FAILED}
     server.start()
@@ -293,9 +294,9 @@ def test_mooncakes_process_dies(
     recovers(backend)
     killer = threading.Timer(0.1, os.kill, (process_of(backend), how))
     killer.start()
-    while (outcomes := served(backend)) == HITS:
-        pass
-    assert set(outcomes) <= {Outcome.HIT, Outcome.FAILED}
+    while Outcome.FAILED not in (outcomes := served(backend)):
+        assert set(outcomes) <= {Outcome.HIT, Outcome.MISS}, "a miss: a lease that ran out on the way"
+    assert set(outcomes) <= {Outcome.HIT, Outcome.MISS, Outcome.FAILED}
     killer.join()
     recovers(backend)
     assert capfd.readouterr().err == "", "what Mooncake says is not said among ours"
