@@ -1,0 +1,122 @@
+"""Page slots in host memory of ours, between a device pool and the tiers.
+
+Belongs here: the memory, pinning it, lending slots. Does not belong here: who copies into them (linker_copies), or
+when (linker_loads, linker_offloads).
+
+A slot holds one page as it is stored. Whoever took a slot gives it back once nothing can touch it any more: a tier that
+is late keeps its slots, and nothing but them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hicache_ext.page import Namespace, PageLayout
+from storage_backends.base import PageBatch
+from storage_backends.buffers import OwnedMemory
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 4096
+#: What is read or written, and copied, at once: small enough that tiers and copies work at the same time.
+PART_BYTES = 32 << 20
+_PORTABLE = 1
+
+
+def pin(address: int, size: int) -> str:
+    """Pin this memory for the GPU whose context is current; why it could not be, "" when it is.
+
+    By the driver alone: an error of the runtime's would stay behind, for torch to meet at its next call.
+    """
+    try:
+        register = ctypes.CDLL("libcuda.so.1").cuMemHostRegister_v2
+    except (OSError, AttributeError) as error:
+        return f"no CUDA driver: {error}"
+    result = register(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(_PORTABLE))
+    return f"cuMemHostRegister: error {result}" if result else ""
+
+
+def unpin(address: int) -> None:
+    try:
+        ctypes.CDLL("libcuda.so.1").cuMemHostUnregister(ctypes.c_void_p(address))
+    except (OSError, AttributeError):
+        pass
+
+
+class Staging:
+    """Slots for pages of one layout, by number."""
+
+    def __init__(self, layout: PageLayout, slots: int, pinned: bool) -> None:
+        """pinned: a GPU will copy from and to it."""
+        self.layout, self.slots = layout, slots
+        self.stride = -(-layout.payload_bytes // ALIGNMENT) * ALIGNMENT
+        self._memory: OwnedMemory | None = OwnedMemory(self.stride * slots, not_in_children=True)
+        self.address = self._memory.address
+        self.size = self._memory.size
+        self.not_pinned = pin(self.address, self.size) if pinned else "nothing asks for it"
+        lengths = np.array(layout.buffer_lengths, np.uint64)
+        self._lengths, self._starts = lengths, np.cumsum(lengths) - lengths
+        self._free = list(range(slots))
+        self._cond = threading.Condition()
+
+    @property
+    def view(self) -> Any:
+        """All of it, as a buffer."""
+        assert self._memory is not None
+        return self._memory.view
+
+    @property
+    def part(self) -> int:
+        """Pages that are moved at once; two parts always have room."""
+        return max(1, min(PART_BYTES // self.stride, self.slots // 2))
+
+    def take(self, count: int, timeout: float = 0.0) -> list[int] | None:
+        """So many slots; None when they did not become free within `timeout` seconds."""
+        until = time.monotonic() + timeout
+        with self._cond:
+            if not self._cond.wait_for(lambda: len(self._free) >= count, max(0.0, until - time.monotonic())):
+                return None
+            taken = self._free[-count:]
+            del self._free[-count:]
+            return taken
+
+    def give(self, slots: Sequence[int]) -> None:
+        with self._cond:
+            self._free.extend(slots)
+            self._cond.notify_all()
+
+    @property
+    def lent(self) -> int:
+        with self._cond:
+            return self.slots - len(self._free)
+
+    def batch(self, space: Namespace, keys: bytes, parents: bytes | None, slots: Sequence[int]) -> PageBatch:
+        """These slots as the pages of these packed keys."""
+        first = np.array(slots, np.uint64) * np.uint64(self.stride) + np.uint64(self.address)
+        per_page = len(self._lengths)
+        return PageBatch(
+            space,
+            keys,
+            parents,
+            (first[:, None] + self._starts).ravel(),
+            np.tile(self._lengths, len(slots)),
+            np.arange(0, per_page * len(slots) + 1, per_page, dtype=np.int64),
+            self,
+        )
+
+    def close(self) -> None:
+        """Give the memory back. Slots that are still lent keep it: somebody may yet write there."""
+        with self._cond:
+            if self._memory is None or len(self._free) < self.slots:
+                return
+            memory, self._memory = self._memory, None
+        if not self.not_pinned:
+            unpin(self.address)
+        memory.close()
