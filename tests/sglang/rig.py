@@ -230,11 +230,11 @@ def load_plugin() -> None:
     HookRegistry.apply_hooks()
 
 
-def _device_pool(mla: bool, slots: int = SLOTS) -> Any:
+def _device_pool(mla: bool, slots: int = SLOTS, device: str = "cpu") -> Any:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
     common: dict[str, Any] = {
-        "size": slots * PAGE, "page_size": PAGE, "dtype": DTYPE, "layer_num": LAYERS, "device": "cpu",
+        "size": slots * PAGE, "page_size": PAGE, "dtype": DTYPE, "layer_num": LAYERS, "device": device,
         "enable_memory_saver": False,
     }  # fmt: skip
     if mla:
@@ -251,7 +251,8 @@ def _host_pool(device_pool: Any, layout: str, mla: bool) -> Any:
     first: Any = device_pool
     if hasattr(device_pool, "get_device_pool_infos"):  # 0.5.23: from the facts of the device pool
         first = device_pool.get_device_pool_infos()[0].buffer_info
-        options |= {"device_capacity_tokens": device_pool.size, "start_layer": 0, "end_layer": LAYERS}
+        options |= {"device_capacity_tokens": device_pool.size}
+        options |= {"start_layer": device_pool.start_layer, "end_layer": device_pool.end_layer}
         if mla:
             options["target_layer_num"] = LAYERS
     return kind(first, 2.0, 0, PAGE, layout, **options)

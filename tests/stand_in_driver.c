@@ -1,0 +1,117 @@
+/* A CUDA driver without a GPU, for faults and for the calls that would be made: what csrc/cuda needs of libcuda.so.1.
+
+   Copies are made at once, by the CPU. Memory is "on the device" where it was declared so, and pinned where it was
+   registered. It shows that calls fit together and what is said when one fails; nothing of streams, overlap or speed.
+
+   Build: cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o libcuda.so.1 stand_in_driver.c; load it before anybody else does. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_SUPPORTED = 801, NO_BINARY = 209 };
+
+struct range {
+    uint64_t start, size;
+    int kind; /* 1: pinned host memory, 2: device memory */
+};
+
+static struct range ranges[4096];
+static int count;
+
+/* What goes wrong: set from outside. */
+int stand_in_devices = 1, stand_in_refuses_pinning, stand_in_capturing, stand_in_memory = 1 << 30, stand_in_fails_copies;
+/* What was done. */
+long stand_in_copies;
+
+static int add(uint64_t start, uint64_t size, int kind) {
+    if (count == 4096) return OUT_OF_MEMORY;
+    ranges[count++] = (struct range){start, size, kind};
+    return OK;
+}
+
+int stand_in_device_memory(uint64_t start, uint64_t size) { return add(start, size, 2); }
+
+int cuInit(unsigned flags) { return stand_in_devices ? OK : 100; }
+int cuDriverGetVersion(int* version) { return *version = 12080, OK; }
+int cuDeviceGetCount(int* devices) { return *devices = stand_in_devices, OK; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal < stand_in_devices ? OK : 101; }
+int cuDeviceGetName(char* name, int length, int device) { return strncpy(name, "stand-in", (size_t)length), OK; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) { return *value = attribute == 11 ? 1 << 30 : 9, OK; }
+int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = (void*)1, OK; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return OK; }
+int cuCtxPushCurrent_v2(void* context) { return OK; }
+int cuCtxPopCurrent_v2(void** context) { return *context = (void*)1, OK; }
+int cuGetErrorName(int error, const char** name) {
+    *name = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : error == 100 ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR";
+    return OK;
+}
+int cuModuleLoadData(void** module, const void* image) { return NO_BINARY; } /* so no kernels: the copy engines */
+int cuModuleUnload(void* module) { return OK; }
+int cuModuleGetFunction(void** function, void* module, const char* name) { return INVALID; }
+int cuLaunchKernel(void* f, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned g, unsigned h, void* s,
+                   void** p, void** x) {
+    return NOT_SUPPORTED;
+}
+int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
+    if (bytes > (size_t)stand_in_memory) return OUT_OF_MEMORY;
+    *address = (uint64_t)malloc(bytes ? bytes : 1);
+    return OK;
+}
+int cuMemFree_v2(uint64_t address) { return free((void*)address), OK; }
+int cuMemcpy(uint64_t to, uint64_t from, size_t bytes) { return memcpy((void*)to, (void*)from, bytes), OK; }
+int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void* stream) {
+    if (stand_in_fails_copies) return 700;
+    ++stand_in_copies;
+    return cuMemcpy(to, from, bytes);
+}
+struct copy_2d {
+    size_t from_x, from_y;
+    int from_type;
+    void* from_host;
+    uint64_t from;
+    void* from_array;
+    size_t from_pitch, to_x, to_y;
+    int to_type;
+    void* to_host;
+    uint64_t to;
+    void* to_array;
+    size_t to_pitch, width, height;
+};
+int cuMemcpy2DAsync_v2(const struct copy_2d* c, void* stream) {
+    if (stand_in_fails_copies) return 700;
+    ++stand_in_copies;
+    for (size_t row = 0; row < c->height; ++row)
+        memcpy((void*)(c->to + row * c->to_pitch), (void*)(c->from + row * c->from_pitch), c->width);
+    return OK;
+}
+int cuMemHostRegister_v2(void* address, size_t bytes, unsigned flags) {
+    return stand_in_refuses_pinning ? OUT_OF_MEMORY : add((uint64_t)address, bytes, 1);
+}
+int cuMemHostUnregister(void* address) {
+    for (int i = 0; i < count; ++i)
+        if (ranges[i].start == (uint64_t)address && ranges[i].kind == 1) return ranges[i] = ranges[--count], OK;
+    return INVALID;
+}
+int cuPointerGetAttribute(void* value, int attribute, uint64_t address) {
+    for (int i = 0; i < count; ++i) {
+        if (address < ranges[i].start || address >= ranges[i].start + ranges[i].size) continue;
+        if (attribute == 2) return *(int*)value = ranges[i].kind, OK;
+        if (attribute == 3) return *(uint64_t*)value = address, OK;
+        if (attribute == 11) return *(uint64_t*)value = ranges[i].start, OK;
+        if (attribute == 12) return *(size_t*)value = ranges[i].size, OK;
+    }
+    return INVALID;
+}
+int cuStreamCreate(void** stream, unsigned flags) { return *stream = (void*)0x100, OK; }
+int cuStreamDestroy_v2(void* stream) { return OK; }
+int cuStreamWaitEvent(void* stream, void* event, unsigned flags) { return OK; }
+int cuStreamSynchronize(void* stream) { return OK; }
+int cuStreamIsCapturing(void* stream, int* status) { return *status = stand_in_capturing, OK; }
+int cuThreadExchangeStreamCaptureMode(int* mode) { return OK; }
+int cuEventCreate(void** event, unsigned flags) { return *event = malloc(1), OK; }
+int cuEventDestroy_v2(void* event) { return free(event), OK; }
+int cuEventRecord(void* event, void* stream) { return OK; }
+int cuEventQuery(void* event) { return OK; }
+int cuEventSynchronize(void* event) { return OK; }
