@@ -26,6 +26,7 @@ from storage_backends.local.extents import Extent
 _HEADERS = 512
 _BOUNCE_BYTES = 64 << 20
 _TEMPLATES = 64
+_KEY = np.dtype((np.void, KEY_BYTES))
 
 
 class Verdict(IntEnum):
@@ -82,6 +83,12 @@ class SlotGroup:
 
     def __len__(self) -> int:
         return len(self.extents)
+
+    @property
+    def page_bytes(self) -> int:
+        """What moves for each page when all of it does."""
+        shape = self.io.shape
+        return shape.header_bytes + shape.payload_bytes if self.copies is None else shape.slot_bytes
 
     def header(self, page: int) -> memoryview:
         """The header's memory: the group's until it is given back."""
@@ -224,4 +231,4 @@ def rows(packed: bytes, pages: list[int]) -> bytes:
     """These pages' 32 bytes out of a batch's. pages: ascending, no page twice."""
     if len(pages) * KEY_BYTES == len(packed):
         return packed
-    return b"".join(packed[page * KEY_BYTES : (page + 1) * KEY_BYTES] for page in pages)
+    return np.frombuffer(packed, _KEY)[pages].tobytes() if pages else b""

@@ -147,7 +147,7 @@ class Writes:
         tier, group = self._tier, flight.group
         assert group is not None
         group.io.give(group, places)
-        length = int(group.iov[: len(group.iov) // len(group), 1].sum())
+        length = group.page_bytes
         part, disk = flight.part, flight.disk
         outcomes: list[int] = [Outcome.HIT] * len(places)
         stored = list(places)
