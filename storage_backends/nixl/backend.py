@@ -314,6 +314,7 @@ class NixlBackend(ObjectBackend):
             self._judge(group, moving, well)
         if failed and write:
             for page in failed:
+                moving.places[page].abandon()
                 self._reject(group, page) if self._store.full(group.form.size) else self._fail(group, page, "write")
         elif failed:
             for page, size in zip(failed, self.sizes([self.name(group, page) for page in failed]), strict=True):

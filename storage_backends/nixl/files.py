@@ -71,6 +71,9 @@ class PageFile:
         """Give it the page's name. False: there is a page of that name, and it was not to be replaced."""
         raise NotImplementedError
 
+    def abandon(self) -> None:
+        """What is on its way gets no name: it is gone before anybody hears that the page was not stored."""
+
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of a share that is gone; it is closed all the same
             os.close(self.device)
@@ -82,24 +85,29 @@ class NewFile(PageFile):
     def __init__(self, fd: int, temporary: str, path: str, size: int, room: Room) -> None:
         super().__init__(fd)
         self._temporary, self._path, self._size, self._room = temporary, path, size, room
-        self._published = self._renamed = False
+        self._published = False
+        self._named = False  # whether the temporary name is gone
 
     def publish(self, replace: bool) -> bool:
         self._published = self._link() if not replace else self._rename()
         return self._published
 
-    def close(self) -> None:
-        super().close()
-        if not self._renamed:
+    def abandon(self) -> None:
+        if not self._named:
+            self._named = True
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
+
+    def close(self) -> None:
+        super().close()
+        self.abandon()
         if not self._published:
             self._room.give(self._size)
 
     def _link(self) -> bool:
         try:
             _in_its_folder(lambda: _rename_if_free(self._temporary, self._path), self._path)
-            self._renamed = True
+            self._named = True
             return True
         except FileExistsError:
             return False
@@ -118,7 +126,7 @@ class NewFile(PageFile):
 
     def _rename(self) -> bool:
         _in_its_folder(lambda: os.replace(self._temporary, self._path), self._path)
-        self._renamed = True
+        self._named = True
         return True
 
 

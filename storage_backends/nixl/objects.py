@@ -27,6 +27,9 @@ class Named:
     def changed(self) -> bool:
         return False  # objects never do
 
+    def abandon(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
