@@ -38,6 +38,7 @@ class HiCacheConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        _speak()
         self._version = versions.check(vllm.__version__)
         self._settings = Settings.of(vllm_config.kv_transfer_config)
         groups = kv_cache_config.kv_cache_groups
@@ -265,3 +266,13 @@ class HiCacheConnector(KVConnectorBase_V1):
         if self._scheduler is not None:
             self._scheduler.close()
         stores.release(self._settings.config)
+
+
+def _speak() -> None:
+    """Our lines where vLLM's are, at vLLM's level: it sets up its own logger only. Not where somebody set up ours."""
+    theirs = logging.getLogger("vllm")
+    for name in ("hicache_ext", "storage_backends"):
+        ours = logging.getLogger(name)
+        if theirs.handlers and not ours.hasHandlers() and ours.level == logging.NOTSET:
+            ours.handlers, ours.propagate = list(theirs.handlers), False
+            ours.setLevel(theirs.level)

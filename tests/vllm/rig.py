@@ -45,6 +45,22 @@ def make_model(folder: Path) -> None:
     LlamaForCausalLM(config).float().eval().save_pretrained(folder)
 
 
+def make_hybrid(folder: Path) -> None:
+    """A four-layer random Gemma with a sliding window of 64 tokens in every other layer; the tokenizer as above."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    make_model(folder)
+    torch.manual_seed(5)
+    config = Gemma3TextConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, sliding_window=64, layer_types=["sliding_attention", "full_attention"] * 2,
+        query_pre_attn_scalar=32, initializer_range=0.15, dtype=torch.float32, tie_word_embeddings=False,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).float().eval().save_pretrained(folder)
+
+
 def prompt(length: int, seed: int = 7) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(3, 1024) for _ in range(length)]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rig import PAGE, Engine, local, prompt
+from rig import PAGE, Engine, local, make_hybrid, prompt
 
 LONG, SHORT = prompt(400), prompt(37, seed=8)
 MANY = [prompt(150, seed=20 + i) for i in range(4)]
@@ -534,3 +534,19 @@ def identifiers(root: Path) -> Any:
         found[name] = [key.hex() for key in split_keys(chain.keys(4))]
     embedded = Request("e", None, SamplingParams(max_tokens=1), None, prompt_embeds=torch.zeros(64, 8))
     return {"keys": found, "embedded": RequestChain.of(embedded, PAGE, adapters) is not None}
+
+
+def windows(root: Path) -> Any:
+    """A model with sliding windows in every other layer: vLLM gives a connector like ours one group of blocks."""
+    folder = root / "windows"
+    folder.mkdir()
+    make_hybrid(folder / "model")
+    alone = Engine(folder)
+    result: dict[str, Any] = {"alone": alone.run(LONG)}
+    alone.close()
+    engine = Engine(folder, {**local(folder), "share": "engines"})
+    engine.run(LONG)
+    engine.settle()
+    engine.forget_device()
+    result |= {"outputs": engine.run(LONG), "tag": engine.worker.space.tag, "leaked": engine.leaked()}
+    return result

@@ -109,3 +109,8 @@ def test_prefill_here_decode_there_and_a_router_that_knows(pair: Pair, tmp_path:
     assert cached == TOKENS, "the decode engine computed what the store had"
     assert tokens[:1] == first
     assert pair.ask(pair.prefill, PROMPT, 16)[0] == tokens, "as the engine that computed the prefix itself"
+
+
+def test_lines_of_ours_are_in_vllms_log(pair: Pair) -> None:
+    log = pair.server.log.read_text()
+    assert log.count("hicache_ext: tiers ['redis'], pages of 32 tokens") == 2, "one of each engine's worker"

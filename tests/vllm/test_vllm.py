@@ -24,7 +24,7 @@ SCENARIOS = (
     "plain", "cold", "warm", "producer", "consumer", "salts", "damaged", "unverified", "failing", "hung", "preempted",
     "chunked", "aborted", "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh",
     "mistakes", "beside_writer", "shared", "unshared", "exchanged", "announced",
-    "scheduler_cost", "identifiers",
+    "scheduler_cost", "identifiers", "windows",
 )  # fmt: skip
 
 pytestmark = [
@@ -258,6 +258,15 @@ def test_equal_tokens_that_are_not_the_same_never_meet(results: dict[str, Any]) 
     for page in range(4):
         assert len({keys[name][page] for name in ("text", "salted", "lora", "other")}) == 4
     assert not results["identifiers"]["embedded"], "embeddings have no name"
+
+
+def test_sliding_windows_load_as_they_were_computed(results: dict[str, Any]) -> None:
+    found = results["windows"]
+    assert cached(found["outputs"]) == [384]
+    assert tokens(found["outputs"]) == tokens(found["alone"])
+    assert len(set(tokens(found["alone"])[0])) > 8, "a model that repeats itself shows nothing"
+    assert found["tag"] != "canonical", "such models are not shared"
+    assert found["leaked"] == 0
 
 
 @pytest.mark.parametrize(
