@@ -49,7 +49,7 @@ def run(
     rows = []
     try:
         half = SchedulerHalf(Settings(config, Options(), True, True), store, page)
-        half.workers([space])
+        half.workers([[space]])
         for number in pages:
             say(f"{number} pages")
             made = [_request(f"{number}/{i}", number * page + 1, i * 7919 + number) for i in range(ROUNDS * requests)]
@@ -85,7 +85,7 @@ def _saved(half: Any, request: Any, pages: int) -> None:
     """A request of which the tier has nothing."""
     half.begin(request)
     found = half.matched(request, 0)
-    half.allocated(request, list(range(pages + 1)), 0)
+    half.allocated(request, [list(range(pages + 1))], 0)
     meta = half.step(_step(request, pages, 0, request.num_tokens))
     half.finished(request)
     assert found == 0
@@ -97,7 +97,7 @@ def _loaded(half: Any, request: Any, pages: int) -> None:
     tokens = request.num_tokens - 1
     half.begin(request)
     found = half.matched(request, 0)
-    half.allocated(request, list(range(pages + 1)), tokens)
+    half.allocated(request, [list(range(pages + 1))], tokens)
     half.tiers_of(request)
     first = half.step(SimpleNamespace(total_num_scheduled_tokens=0, scheduled_new_reqs=[], scheduled_cached_reqs=_NONE))
     half.loaded({request.request_id}, set())

@@ -11,10 +11,16 @@ or who we are (identity).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import vllm
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from hicache_ext import fingerprint
@@ -33,7 +39,7 @@ logger = logging.getLogger(__name__)
 _SOURCES = {"CPU": CacheHitSource.HOST, "DISK": CacheHitSource.DISK}
 
 
-class HiCacheConnector(KVConnectorBase_V1):
+class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
     """One half: the scheduler's, or a worker's. Raises when it is built, and only then, what is wrong."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -42,13 +48,8 @@ class HiCacheConnector(KVConnectorBase_V1):
         self._version = versions.check(vllm.__version__)
         self._settings = Settings.of(vllm_config.kv_transfer_config)
         groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            raise UnsupportedLayout(
-                f"hicache_ext: this model has {len(groups)} groups of KV blocks; one is supported. "
-                "Fix: start vLLM with --disable-hybrid-kv-cache-manager"
-            )
-        self._page_size = int(groups[0].kv_cache_spec.block_size)
-        self._layers = list(groups[0].layer_names)
+        self._page_size, windows = _groups(groups)
+        self._layers = [list(group.layer_names) for group in groups]
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._store = stores.acquire(self._settings.config)
@@ -56,7 +57,7 @@ class HiCacheConnector(KVConnectorBase_V1):
         self._invalid: set[int] = set()
         self._pool: Any = None
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(self._settings, self._store, self._page_size)
+            self._scheduler = SchedulerHalf(self._settings, self._store, self._page_size, windows)
 
     @property
     def _publishes(self) -> bool:
@@ -78,14 +79,19 @@ class HiCacheConnector(KVConnectorBase_V1):
         from vllm.distributed import get_pp_group, get_tp_group
 
         rank = identity.rank_of(config, get_tp_group().rank_in_group, get_pp_group().rank_in_group)
-        blocks, space = self._shared(kv_caches, rank) or self._own(kv_caches, device, rank)
-        self._worker = WorkerHalf(self._settings, self._store, blocks, space, rank.writes, self._publishes)
-        layout = space.layout
-        logger.info(
-            "hicache_ext: tiers %s, pages of %s tokens and %s bytes in %s pieces, namespace %s",
-            [tier.label for tier in self._settings.config.tiers], layout.page_size, layout.payload_bytes,
-            len(layout.buffer_lengths), space.digest.hex(),
-        )  # fmt: skip
+        shared = self._shared(kv_caches, rank)
+        groups = (
+            [shared] if shared else [self._own(kv_caches, group, device, rank) for group in range(len(self._layers))]
+        )
+        blocks, spaces = zip(*groups, strict=True)
+        self._worker = WorkerHalf(self._settings, self._store, blocks, spaces, rank.writes, self._publishes)
+        for space in spaces:
+            layout = space.layout
+            logger.info(
+                "hicache_ext: tiers %s, pages of %s tokens and %s bytes in %s pieces, namespace %s",
+                [tier.label for tier in self._settings.config.tiers], layout.page_size, layout.payload_bytes,
+                len(layout.buffer_lengths), space.digest.hex(),
+            )  # fmt: skip
 
     def _shared(self, kv_caches: dict[str, Any], rank: identity.Rank) -> tuple[SharedBlocks, Namespace] | None:
         """Canonical pages where they are wanted and can be; else None, and why not is said once."""
@@ -94,8 +100,10 @@ class HiCacheConnector(KVConnectorBase_V1):
             return None
         layers = config.compilation_config.static_forward_context
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        tensors = {name: kv_caches[name] for name in self._layers}
+        tensors = {name: kv_caches[name] for name in self._layers[0]}
         try:
+            if len(self._layers) > 1:
+                raise sharing.Unshared(f"the model has {len(self._layers)} groups of KV blocks")
             found = sharing.shared(settings, config, spec, tensors, layers, rank.tp_rank)
         except sharing.Unshared as reason:
             logger.warning("hicache_ext: `share: engines` does not hold here: %s. Pages are this engine's own", reason)
@@ -106,13 +114,13 @@ class HiCacheConnector(KVConnectorBase_V1):
         )  # fmt: skip
         return found
 
-    def _own(self, kv_caches: dict[str, Any], device: str, rank: identity.Rank) -> tuple[Blocks, Namespace]:
-        """Blocks as vLLM has them."""
-        config, cache = self._vllm_config, self._kv_cache_config
-        blocks = blocks_of(kv_caches, self._layers, cache.num_blocks)
-        first = kv_caches[self._layers[0]]
+    def _own(self, kv_caches: dict[str, Any], group: int, device: str, rank: identity.Rank) -> tuple[Blocks, Namespace]:
+        """Blocks of one group as vLLM has them."""
+        config, cache, names = self._vllm_config, self._kv_cache_config, self._layers[group]
+        blocks = blocks_of({name: kv_caches[name] for name in names}, names, cache.num_blocks)
+        first = kv_caches[names[0]]
         layers = config.compilation_config.static_forward_context
-        backends = [layers[name].get_attn_backend().get_name() for name in self._layers if name in layers]
+        backends = [layers[name].get_attn_backend().get_name() for name in names if name in layers]
         layout = PageLayout(
             kind="mla" if getattr(config.model_config, "use_mla", False) else "mha",
             order=identity.block_format(backends, device, getattr(cache, "kv_cache_layout", None), self._version),
@@ -120,15 +128,15 @@ class HiCacheConnector(KVConnectorBase_V1):
             page_size=self._page_size,
             buffer_lengths=tuple(int(length) for length in blocks.lengths),
             geometry=(
-                ("layers", len(self._layers)),
-                ("names", fingerprint.digest(self._layers)[:16]),
+                ("layers", len(names)),
+                ("names", fingerprint.digest(names)[:16]),
                 ("shape", str(tuple(first.shape[1:]))),
             ),
         )
         return blocks, identity.namespace(self._settings.config, config, layout, rank)
 
     def get_handshake_metadata(self) -> WorkerMetadata | None:
-        return None if self._worker is None else WorkerMetadata(self._worker.space)
+        return None if self._worker is None else WorkerMetadata(self._worker.spaces)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -144,11 +152,14 @@ class HiCacheConnector(KVConnectorBase_V1):
         if self._worker is not None and self.has_connector_metadata():
             self._worker.save(self._step())
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         if self._worker is None:
-            return None, None
-        arrived, self._invalid = self._worker.finished_loads()
-        return None, arrived
+            return KVConnectorTransferResults()
+        arrived, invalid, failed = self._worker.finished_loads()
+        if len(self._layers) > 1:  # of several groups vLLM recomputes the request, not its blocks
+            return KVConnectorTransferResults(finished_recving=arrived, failed_recving=failed)
+        self._invalid = invalid
+        return KVConnectorTransferResults(finished_recving=arrived)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         invalid, self._invalid = self._invalid, set()
@@ -173,11 +184,12 @@ class HiCacheConnector(KVConnectorBase_V1):
     def _workers(self, told: list[WorkerMetadata]) -> None:
         if self._scheduler is None:
             return
-        self._scheduler.workers([worker.space for worker in told])
+        self._scheduler.workers([worker.spaces for worker in told])
         if not self._publishes or self._scheduler.events is not None:
             return
         hashed = getattr(self._vllm_config.cache_config, "hash_block_size", None)
-        reason = events.objection(hashed, self._page_size, self._scheduler.page_size)
+        reason = "the model has several groups of KV blocks" if len(self._layers) > 1 else ""
+        reason = reason or events.objection(hashed, self._page_size, self._scheduler.page_size)
         if reason:
             logger.warning("hicache_ext: no KV events of the storage tiers: %s", reason)
             return
@@ -205,7 +217,7 @@ class HiCacheConnector(KVConnectorBase_V1):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self._scheduler is not None
-        self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:
         assert self._scheduler is not None
@@ -225,12 +237,19 @@ class HiCacheConnector(KVConnectorBase_V1):
         if self._scheduler is not None and self._scheduler.events is not None and isinstance(report, WorkerReport):
             self._scheduler.events.hear(report.changes)
         if self._scheduler is not None and connector_output.finished_recving:
-            self._scheduler.loaded(connector_output.finished_recving, connector_output.invalid_block_ids)
+            self._scheduler.loaded(
+                connector_output.finished_recving, connector_output.invalid_block_ids, connector_output.failed_recving
+            )
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
         self._scheduler.finished(request)
         return False, None  # saves were copied out of the blocks already
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, [])
 
     def reset_cache(self) -> bool | None:
         if self._scheduler is not None:
@@ -266,6 +285,27 @@ class HiCacheConnector(KVConnectorBase_V1):
         if self._scheduler is not None:
             self._scheduler.close()
         stores.release(self._settings.config)
+
+
+def _groups(groups: Sequence[Any]) -> tuple[int, list[int]]:
+    """Tokens of a block, and for each of vLLM's groups of blocks how many of a prefix's last blocks its layers look at;
+    0: all of them. Raises UnsupportedLayout."""
+    specs = [group.kv_cache_spec for group in groups]
+    kinds = [{base.__name__ for base in type(spec).__mro__} for spec in specs]
+    sizes = {int(spec.block_size) for spec in specs}
+    known = all(kind & {"FullAttentionSpec", "SlidingWindowSpec"} for kind in kinds)
+    if len(specs) > 1 and (len(sizes) > 1 or not known):
+        raise UnsupportedLayout(
+            f"hicache_ext: groups of KV blocks of {', '.join(type(spec).__name__ for spec in specs)} with "
+            f"{', '.join(map(str, sorted(sizes)))} tokens are not supported together. "
+            "Fix: start vLLM with --disable-hybrid-kv-cache-manager"
+        )
+    size = sizes.pop()
+    windows = [
+        max(1, -(-(int(spec.sliding_window) - 1) // size)) if "SlidingWindowSpec" in kind else 0
+        for spec, kind in zip(specs, kinds, strict=True)
+    ]
+    return size, windows
 
 
 def _speak() -> None:

@@ -30,9 +30,9 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass(frozen=True)
 class WorkerMetadata(KVConnectorHandshakeMetadata):
-    """The namespace in which a worker's pages are."""
+    """The namespaces in which a worker's pages are, by group."""
 
-    space: Namespace
+    spaces: tuple[Namespace, ...]
 
 
 @dataclass

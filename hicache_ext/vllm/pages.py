@@ -17,7 +17,7 @@ class Pages:
 
     blocks: numbers of the blocks that the pages' tokens lie in. skip: tokens of the first block before the first page.
     lead: tokens of the first page that are in their blocks already, when pages are to be loaded. Both are 0 where a
-    page is a block. notes: what KV events say of pages that are to be saved.
+    page is a block. notes: what KV events say of pages that are to be saved. group: of vLLM's groups of blocks.
     """
 
     request: str
@@ -27,6 +27,7 @@ class Pages:
     skip: int = 0
     lead: int = 0
     notes: Notes | None = None
+    group: int = 0
 
     @property
     def count(self) -> int:

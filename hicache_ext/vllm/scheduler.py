@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,35 +32,43 @@ logger = logging.getLogger(__name__)
 
 #: Pages that were sent on their way lately, to tiers that cannot tell from memory what they hold.
 _SENT_PAGES, _SENT_SECONDS = 1 << 17, 600.0
+#: In a block table: there is none here, its tokens have left the window.
+_NO_BLOCK = 0
 
 
 @dataclass
 class _Tracked:
-    """One request. blocks: its block table. saved: pages seen to. planned: a load to come, its first token and the
-    tiers of its pages.
+    """One request. blocks: its block table in each group. saved: pages seen to. planned: a load to come, its first
+    token and the tiers of its pages. found: what the tiers hold for some groups, while others have not answered.
 
     loading: blocks of its last load. failed: not all of it came; what is missing is computed, not asked for again.
     """
 
     request: Any
     chain: RequestChain | None
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
     saved: int = 0
     planned: tuple[int, np.ndarray] | None = None
     loading: frozenset[int] = frozenset()
     failed: bool = False
+    found: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict)
 
 
 class SchedulerHalf:
     """Called by vLLM's scheduler, on its thread only."""
 
-    def __init__(self, settings: Settings, store: TieredStore | FaultyStore, block_size: int) -> None:
+    def __init__(
+        self, settings: Settings, store: TieredStore | FaultyStore, block_size: int, windows: Sequence[int] = (0,)
+    ) -> None:
         """block_size: tokens of vLLM's blocks. A page is one block, or, where it is shared with other engines, as many
-        tokens as the workers say."""
+        tokens as the workers say. windows: of each group of blocks, how many of a prefix's last blocks are needed; 0:
+        all of them.
+        """
         self._settings, self._store, self._block_size, self._page_size = settings, store, block_size, block_size
-        self._told: list[Namespace] = []
-        self._spaces: list[Namespace] = []
-        """Those of this epoch."""
+        self._windows = tuple(windows)
+        self._told: list[list[Namespace]] = []
+        self._spaces: list[list[Namespace]] = []
+        """By group, those of this epoch."""
         self._epoch = ""
         self._adapters = Adapters()
         self._tracked: dict[str, _Tracked] = {}
@@ -72,16 +81,16 @@ class SchedulerHalf:
 
     def served(self) -> bytes | None:
         """Digest of the namespace whose pages can be loaded now. Of several ranks' it is the first one's."""
-        return self._spaces[0].digest if self._spaces else None
+        return self._spaces[0][0].digest if self._spaces else None
 
     @property
     def page_size(self) -> int:
         """Tokens of a page."""
         return self._page_size
 
-    def workers(self, spaces: list[Namespace]) -> None:
-        """The namespaces of the workers' pages, from their hand-shake."""
-        sizes = {space.layout.page_size for space in spaces}
+    def workers(self, told: Sequence[Sequence[Namespace]]) -> None:
+        """The namespaces of each worker's pages, by group, from their hand-shake."""
+        sizes = {space.layout.page_size for spaces in told for space in spaces}
         if len(sizes) > 1:
             logger.error(
                 "hicache_ext: some workers share pages with other engines and some cannot, so nothing is cached. "
@@ -89,7 +98,8 @@ class SchedulerHalf:
             )
             return
         self._page_size = sizes.pop() if sizes else self._block_size
-        self._told = self._spaces = list(dict.fromkeys(spaces))  # ranks that hold the same part share one
+        # Ranks that hold the same part share one.
+        self._told = self._spaces = [list(dict.fromkeys(spaces)) for spaces in zip(*told, strict=True)]
 
     # ---- requests
 
@@ -111,19 +121,52 @@ class SchedulerHalf:
         if first >= last or len(keys) <= first * KEY_BYTES:
             return 0
         asked, parent = keys[first * KEY_BYTES :], self._parent(keys, first)
-        tiers = self._lookups.tiers(request.request_id, self._spaces, asked, parent)
-        if tiers is None:
+        found = self._found(tracked, first, asked, parent)
+        if found is None:
             return None
-        end = (first + policies.prefix_length(tiers != NO_TIER)) * self._page_size
+        pages = self._usable(found)
+        end = (first + pages) * self._page_size
         tokens = max(0, end - end % self._block_size - computed)
         self._counts["queried_tokens"] += last * self._page_size - computed
         self._counts["hit_tokens"] += tokens
         if tokens:
+            # Of a group that needs them all, where there is one.
+            tiers = found[self._windows.index(0) if 0 in self._windows else 0]
+            tiers = np.where(tiers == NO_TIER, tiers[pages - 1], tiers)
             tracked.planned = (computed, tiers[: (computed + tokens) // self._page_size - first])
         return tokens
 
-    def allocated(self, request: Any, blocks: list[int], tokens: int) -> None:
-        """The request's block table; `tokens` of it are to be loaded (0: nothing is, another source was chosen)."""
+    def _found(self, tracked: _Tracked, first: int, asked: bytes, parent: bytes) -> list[np.ndarray] | None:
+        """By group, the tiers of these pages, which begin with number `first`; None while a server has not answered."""
+        found = {}
+        for group, spaces in enumerate(self._spaces):
+            name = (group, first, len(asked))
+            known = tracked.found.get(name)
+            if known is None:
+                known = self._lookups.tiers(_lookup(tracked.request, group), spaces, asked, parent)
+            if known is not None:
+                found[name] = known
+        # An answer is given once, so it is kept until the others are there.
+        whole = len(found) == len(self._spaces)
+        tracked.found = {} if whole else found
+        return list(found.values()) if whole else None
+
+    def _usable(self, found: Sequence[np.ndarray]) -> int:
+        """Pages of the longest prefix that every group can serve."""
+        present = [tiers != NO_TIER for tiers in found]
+        if self._windows == (0,):
+            return policies.prefix_length(present[0])
+        whole = [flags for flags, window in zip(present, self._windows, strict=True) if not window]
+        trailing = [
+            policies.usable_trailing(flags, window)
+            for flags, window in zip(present, self._windows, strict=True) if window
+        ]  # fmt: skip
+        every = np.logical_and.reduce(whole) if whole else np.ones(len(present[0]), bool)
+        lengths = policies.usable_lengths(every, trailing)
+        return lengths[-1] if lengths else 0
+
+    def allocated(self, request: Any, blocks: Sequence[list[int]], tokens: int) -> None:
+        """The request's block table by group; `tokens` of it are to be loaded (0: nothing is, from here at least)."""
         tracked = self._track(request)
         planned, tracked.planned = tracked.planned, None
         if not tokens or planned is None or tracked.chain is None:
@@ -131,15 +174,20 @@ class SchedulerHalf:
         begin, end = planned[0], planned[0] + tokens
         first, last = begin // self._page_size, end // self._page_size
         keys = tracked.chain.keys(last)
-        part, skip = self._blocks_of(blocks, first, last)
-        tracked.loading = frozenset(blocks[begin // self._block_size : end // self._block_size])
+        tracked.loading = frozenset(blocks[0][begin // self._block_size : end // self._block_size])
         self._know(tracked, keys, first, last)
-        self._loads.append(
-            Pages(
-                request.request_id, keys[first * KEY_BYTES :], self._parent(keys, first), part, skip,
-                begin - first * self._page_size,
-            )
-        )  # fmt: skip
+        for group, window in enumerate(self._windows):
+            start = max(first, last - window) if window else first
+            while window and start < last and blocks[group][start] == _NO_BLOCK:
+                start += 1
+            if start < last:
+                part, skip = self._blocks_of(blocks[group], start, last)
+                self._loads.append(
+                    Pages(
+                        request.request_id, keys[start * KEY_BYTES :], self._parent(keys, start), part, skip,
+                        max(0, begin - start * self._page_size), group=group,
+                    )
+                )  # fmt: skip
         # What vLLM asks next, of these tokens: which tier they come from.
         tracked.planned = planned
 
@@ -153,18 +201,18 @@ class SchedulerHalf:
         tokens[0] -= begin % self._page_size
         return {int(tier): int(tokens[tiers == tier].sum()) for tier in np.unique(tiers)}
 
-    def loaded(self, requests: set[str], invalid: set[int]) -> None:
-        """The loads of these requests have ended, without these blocks."""
+    def loaded(self, requests: set[str], invalid: set[int], failed: Collection[str] = ()) -> None:
+        """The loads of these requests have ended, without these blocks; those of `failed` as a whole."""
         for name in requests:
             tracked = self._tracked.get(name)
             if tracked is not None:
-                tracked.failed = bool(tracked.loading & invalid)
+                tracked.failed = name in failed or bool(tracked.loading & invalid)
                 tracked.loading = frozenset()
 
     def finished(self, request: Any) -> None:
         """The request is over. A load on its way goes on: vLLM keeps its blocks until the worker reports it."""
         self._tracked.pop(request.request_id, None)
-        self._lookups.forget(request.request_id)
+        self._forget(request)
 
     # ---- steps
 
@@ -177,7 +225,7 @@ class SchedulerHalf:
         for new in output.scheduled_new_reqs:
             tracked = self._tracked.get(new.req_id)
             if tracked is not None:
-                tracked.blocks, tracked.saved = list(new.block_ids[0]), 0
+                tracked.blocks, tracked.saved = [list(blocks) for blocks in new.block_ids], 0
                 self._save(meta, tracked, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id])
         cached = output.scheduled_cached_reqs
         for i, name in enumerate(cached.req_ids):
@@ -186,20 +234,21 @@ class SchedulerHalf:
                 continue
             blocks = cached.new_block_ids[i]
             if name in cached.resumed_req_ids:
-                tracked.blocks, tracked.saved = list(blocks[0]) if blocks else [], 0
+                tracked.blocks, tracked.saved = [list(more) for more in blocks or ()], 0
             elif blocks is not None:
-                tracked.blocks += blocks[0]
+                for table, more in zip(tracked.blocks, blocks, strict=True):
+                    table += more
             self._save(meta, tracked, cached.num_computed_tokens[i] + output.num_scheduled_tokens[name])
         return meta
 
     def reset(self) -> None:
         """Nothing that was stored before is served from now on, and what is on its way to be stored neither."""
-        old, self._epoch = self._spaces, uuid.uuid4().hex
-        self._spaces = [at_epoch(space, self._epoch) for space in self._told]
+        old, self._epoch = [space for spaces in self._spaces for space in spaces], uuid.uuid4().hex
+        self._spaces = [[at_epoch(space, self._epoch) for space in spaces] for spaces in self._told]
         self._loads.clear()
         for tracked in self._tracked.values():
-            tracked.planned = None
-            self._lookups.forget(tracked.request.request_id)
+            tracked.planned, tracked.found = None, {}
+            self._forget(tracked.request)
         self._store.clear(old)
 
     def take_counts(self) -> dict[str, int]:
@@ -219,25 +268,29 @@ class SchedulerHalf:
         """
         if tracked.chain is None:
             return
-        room = len(tracked.blocks) * self._block_size // self._page_size
+        room = min(map(len, tracked.blocks), default=0) * self._block_size // self._page_size
         last = min(computed // self._page_size, tracked.chain.whole_pages(), room)
         first, tracked.saved = tracked.saved, max(tracked.saved, last)
         if last <= first:
             return
         keys = tracked.chain.keys(last)
         notes = self._know(tracked, keys, first, last)
-        wanted = self._wanted(keys, first, last)
-        # One message for each run without a gap: a page's parent is then the one before it.
-        gaps = np.flatnonzero(np.diff(wanted) > 1) + 1
-        for run in np.split(wanted, gaps) if len(gaps) else [wanted] if len(wanted) else []:
-            begin, end = int(run[0]), int(run[-1]) + 1
-            meta.saves.append(
-                Pages(
-                    tracked.request.request_id, keys[begin * KEY_BYTES : end * KEY_BYTES], self._parent(keys, begin),
-                    *self._blocks_of(tracked.blocks, begin, end), 0,
-                    notes.only(list(range(begin - first, end - first))) if notes is not None else None,
-                )
-            )  # fmt: skip
+        for group, window in enumerate(self._windows):
+            blocks = tracked.blocks[group]
+            wanted = self._wanted(group, keys, first, last)
+            if window:  # what has left the window has no block any more
+                wanted = wanted[[blocks[page] != _NO_BLOCK for page in wanted]]
+            # One message for each run without a gap: a page's parent is then the one before it.
+            gaps = np.flatnonzero(np.diff(wanted) > 1) + 1
+            for run in np.split(wanted, gaps) if len(gaps) else [wanted] if len(wanted) else []:
+                begin, end = int(run[0]), int(run[-1]) + 1
+                meta.saves.append(
+                    Pages(
+                        tracked.request.request_id, keys[begin * KEY_BYTES : end * KEY_BYTES],
+                        self._parent(keys, begin), *self._blocks_of(blocks, begin, end), 0,
+                        notes.only(list(range(begin - first, end - first))) if notes is not None else None, group,
+                    )
+                )  # fmt: skip
 
     def _know(self, tracked: _Tracked, keys: bytes, first: int, last: int) -> Notes | None:
         """What events say of these pages, and let them know it."""
@@ -245,20 +298,20 @@ class SchedulerHalf:
             return None
         notes = notes_of(tracked.request, first, last, self._page_size)
         if notes is not None:
-            for space in self._spaces[:1]:
+            for space in self._spaces[0][:1]:
                 self.events.announcer.know(space.digest, keys[first * KEY_BYTES : last * KEY_BYTES], notes)
         return notes
 
-    def _wanted(self, keys: bytes, first: int, last: int) -> np.ndarray:
-        """Numbers of the pages to store."""
+    def _wanted(self, group: int, keys: bytes, first: int, last: int) -> np.ndarray:
+        """Numbers of the pages to store, of this group."""
         part = keys[first * KEY_BYTES : last * KEY_BYTES]
         parents = chain_parents(part, self._parent(keys, first))
         missing = np.zeros(last - first, bool)
-        for space in self._spaces:
+        for space in self._spaces[group]:
             batch = KeyBatch(space, part, parents)
             missing |= self._store.lookup_local(batch) == NO_TIER
         if not self._knows:
-            digest = self._spaces[0].digest
+            digest = self._spaces[group][0].digest
             for page in np.flatnonzero(missing):
                 missing[page] = self._sent.add(digest, part[page * KEY_BYTES : (page + 1) * KEY_BYTES]) == 1
         return np.flatnonzero(missing) + first
@@ -275,6 +328,10 @@ class SchedulerHalf:
             self._tracked[request.request_id] = tracked
         return tracked
 
+    def _forget(self, request: Any) -> None:
+        for group in range(len(self._windows)):
+            self._lookups.forget(_lookup(request, group))
+
     def _blocks_of(self, blocks: list[int], first: int, last: int) -> tuple[tuple[int, ...], int]:
         """The blocks that these pages lie in, and the tokens of the first block before the first page."""
         begin, end, size = first * self._page_size, last * self._page_size, self._block_size
@@ -282,3 +339,8 @@ class SchedulerHalf:
 
     def _parent(self, keys: bytes, page: int) -> bytes:
         return keys[(page - 1) * KEY_BYTES : page * KEY_BYTES] if page else b""
+
+
+def _lookup(request: Any, group: int) -> str:
+    """What a lookup is called."""
+    return str(request.request_id) if not group else f"{request.request_id}#{group}"

@@ -43,21 +43,24 @@ class WorkerHalf:
     """Called by vLLM's model runner, on its thread; completions come on the store's."""
 
     def __init__(
-        self, settings: Settings, store: TieredStore | FaultyStore, blocks: Blocks | SharedBlocks, space: Namespace,
-        writes: bool, reports: bool = False,
+        self, settings: Settings, store: TieredStore | FaultyStore, blocks: Sequence[Blocks | SharedBlocks],
+        spaces: Sequence[Namespace], writes: bool, reports: bool = False,
     ) -> None:  # fmt: skip
-        """writes: whether this rank stores pages. Several may hold the same bytes. reports: whether the scheduler wants
-        to hear of pages on servers; where it is in this process it hears the store itself, and `report` says nothing.
+        """blocks, spaces: of each group. writes: whether this rank stores pages; several may hold the same bytes.
+
+        reports: whether the scheduler wants to hear of pages on servers; where it is in this process it hears the store
+        itself, and `report` says nothing.
         """
-        self._settings, self._store, self._blocks, self._told = settings, store, blocks, space
-        self._space, self._epoch = space, ""
+        self._settings, self._store, self._blocks, self._told = settings, store, tuple(blocks), tuple(spaces)
+        self._spaces, self._epoch = self._told, ""
         self._writes = writes
         self._copies = CopyBudget(int(settings.options.save_bytes))
         self._cond = threading.Condition()
-        self._loading = 0
+        self._loading: Counter[str] = Counter()  # by request: of several groups, several
         self._saving = 0
         self._arrived: set[str] = set()
         self._invalid: set[int] = set()
+        self._failed: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
         self._changes: deque[tuple[int, Residency, bytes, bytes, Notes | None]] = deque(maxlen=_CHANGES)
@@ -65,8 +68,8 @@ class WorkerHalf:
             store.on_residency(self._heard)
 
     @property
-    def space(self) -> Namespace:
-        """Where the pages are, before any reset."""
+    def spaces(self) -> tuple[Namespace, ...]:
+        """Where the pages of each group are, before any reset."""
         return self._told
 
     # ---- loads
@@ -75,13 +78,13 @@ class WorkerHalf:
         """Start the loads of this step."""
         self._follow(meta.epoch)
         deadline = time.monotonic() + self._settings.options.load_timeout
+        with self._cond:
+            self._loading.update(pages.request for pages in meta.loads)
         for pages in meta.loads:
-            with self._cond:
-                self._loading += 1
             since = time.monotonic()
             batch = None
             try:
-                batch = self._blocks.incoming(self._space, pages)
+                batch = self._blocks[pages.group].incoming(self._spaces[pages.group], pages)
                 if batch is None:
                     sent = Completion.finished(pages.count, Outcome.REJECTED)
                 else:
@@ -100,26 +103,32 @@ class WorkerHalf:
         outcomes: bytes | bytearray = done.outcomes
         if batch is not None:
             try:
-                bad = self._blocks.arrived(pages, batch, outcomes)
+                bad = self._blocks[pages.group].arrived(pages, batch, outcomes)
             except Exception:
                 logger.exception("hicache_ext: loaded pages could not be put into their blocks; they are recomputed")
                 outcomes = bytes([Outcome.FAILED]) * pages.count
-            self._blocks.release(batch)
+            self._blocks[pages.group].release(batch)
         with self._cond:
-            self._loading -= 1
             self._invalid.update(bad)
-            self._arrived.add(pages.request)
+            if bad:
+                self._failed.add(pages.request)
+            self._loading[pages.request] -= 1
+            if not self._loading[pages.request]:
+                del self._loading[pages.request]
+                self._arrived.add(pages.request)
             self._account("load", outcomes, since)
-            self._counts["load_bytes"] += outcomes.count(Outcome.HIT) * self._told.layout.payload_bytes
+            self._counts["load_bytes"] += outcomes.count(Outcome.HIT) * self._bytes(pages)
             self._cond.notify_all()
 
-    def finished_loads(self) -> tuple[set[str], set[int]]:
-        """Requests whose loads have ended since the last call, and the blocks that did not arrive: together, since
-        vLLM must know of bad blocks no later than of the end."""
+    def finished_loads(self) -> tuple[set[str], set[int], set[str]]:
+        """Requests whose loads have ended since the last call, the blocks that did not arrive, and which of the
+        requests miss some: together, since vLLM must know of bad blocks no later than of the end."""
         with self._cond:
             arrived, self._arrived = self._arrived, set()
             invalid, self._invalid = self._invalid, set()
-            return arrived, invalid
+            failed = self._failed & arrived
+            self._failed -= failed
+            return arrived, invalid, failed
 
     # ---- saves
 
@@ -137,7 +146,7 @@ class WorkerHalf:
 
     def _save(self, pages: Pages) -> None:
         since = time.monotonic()
-        copy = self._blocks.outgoing(self._space, pages, self._copies)
+        copy = self._blocks[pages.group].outgoing(self._spaces[pages.group], pages, self._copies)
         if copy is None:
             self._count("save_no_room", pages.count)
             return
@@ -152,7 +161,7 @@ class WorkerHalf:
             with self._cond:
                 self._saving -= 1
                 self._account("save", done.outcomes, since)
-                self._counts["save_bytes"] += done.outcomes.count(Outcome.HIT) * self._told.layout.payload_bytes
+                self._counts["save_bytes"] += done.outcomes.count(Outcome.HIT) * self._bytes(pages)
                 self._cond.notify_all()
 
         try:
@@ -191,7 +200,11 @@ class WorkerHalf:
 
     def _follow(self, epoch: str) -> None:
         if epoch != self._epoch:
-            self._epoch, self._space = epoch, at_epoch(self._told, epoch)
+            self._epoch, self._spaces = epoch, tuple(at_epoch(space, epoch) for space in self._told)
+
+    def _bytes(self, pages: Pages) -> int:
+        """Of one of these pages."""
+        return self._told[pages.group].layout.payload_bytes
 
     def _count(self, name: str, number: int) -> None:
         with self._cond:

@@ -405,7 +405,7 @@ def shared(root: Path) -> Any:
         mixed = engine.run(LONG)
         result[str(page)] = {
             "cold": cold, "warm": warm, "mixed": mixed, "stored": engine.store.stats()["local"]["pages"],
-            "tag": engine.worker.space.tag, "leaked": engine.leaked(), "counts": engine.worker.counts(),
+            "tag": engine.worker.spaces[0].tag, "leaked": engine.leaked(), "counts": engine.worker.counts(),
         }  # fmt: skip
         engine.close()
     return result
@@ -443,7 +443,7 @@ def unshared(root: Path) -> Any:
     engine.settle()
     engine.forget_device()
     said = [line for line in lines if "does not hold here" in line]
-    return {"outputs": engine.run(LONG), "said": said, "tag": engine.worker.space.tag, "leaked": engine.leaked()}
+    return {"outputs": engine.run(LONG), "said": said, "tag": engine.worker.spaces[0].tag, "leaked": engine.leaked()}
 
 
 def _published(engine: Engine) -> list[Any]:
@@ -537,16 +537,26 @@ def identifiers(root: Path) -> Any:
 
 
 def windows(root: Path) -> Any:
-    """A model with sliding windows in every other layer: vLLM gives a connector like ours one group of blocks."""
+    """A model with sliding windows in every other layer: two groups of blocks, one of which needs its last ones."""
     folder = root / "windows"
     folder.mkdir()
     make_hybrid(folder / "model")
     alone = Engine(folder)
-    result: dict[str, Any] = {"alone": alone.run(LONG)}
+    result: dict[str, Any] = {"alone": alone.run(LONG, SHORT), "many_alone": alone.run(*MANY, tokens=40)}
     alone.close()
-    engine = Engine(folder, {**local(folder), "share": "engines"})
-    engine.run(LONG)
+    chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 72, "long_prefill_token_threshold": 72}
+    engine = Engine(folder, {**local(folder), "share": "engines"}, **chunks)
+    result["groups"] = len(engine.scheduler.kv_cache_config.kv_cache_groups)
+    result["cold"] = engine.run(LONG, SHORT)
+    result["many"] = engine.run(*MANY, tokens=40)
     engine.settle()
     engine.forget_device()
-    result |= {"outputs": engine.run(LONG), "tag": engine.worker.space.tag, "leaked": engine.leaked()}
-    return result
+    result["warm"] = engine.run(LONG, SHORT)
+    result["counts"] = engine.worker.counts()
+    result["many_warm"] = engine.run(*MANY, tokens=40)
+    engine.forget_device()
+    _some_fail(engine, 5)
+    result["failing"] = engine.run(LONG, SHORT)
+    engine.forget_device(connector=True)
+    result["after_reset"] = engine.run(LONG)
+    return result | {"tag": engine.worker.spaces[0].tag, "leaked": engine.leaked()}

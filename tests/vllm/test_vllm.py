@@ -260,11 +260,18 @@ def test_equal_tokens_that_are_not_the_same_never_meet(results: dict[str, Any]) 
     assert not results["identifiers"]["embedded"], "embeddings have no name"
 
 
-def test_sliding_windows_load_as_they_were_computed(results: dict[str, Any]) -> None:
+def test_sliding_windows_load_what_they_look_at(results: dict[str, Any]) -> None:
+    """Two groups of blocks: of the one with windows the last two pages are loaded, of the other all twelve."""
     found = results["windows"]
-    assert cached(found["outputs"]) == [384]
-    assert tokens(found["outputs"]) == tokens(found["alone"])
-    assert len(set(tokens(found["alone"])[0])) > 8, "a model that repeats itself shows nothing"
+    right = tokens(found["alone"])
+    assert found["groups"] == 2
+    assert len(set(right[0])) > 8, "a model that repeats itself shows nothing"
+    assert cached(found["warm"]) == [384, 32]
+    assert found["counts"]["load_hit"] == 12 + 2 + 1 + 1
+    assert cached(found["after_reset"]) == [0]
+    for name in ("cold", "warm", "failing", "after_reset"):
+        assert tokens(found[name]) == right[: len(found[name])], name
+    assert tokens(found["many"]) == tokens(found["many_warm"]) == tokens(found["many_alone"])
     assert found["tag"] != "canonical", "such models are not shared"
     assert found["leaked"] == 0
 
