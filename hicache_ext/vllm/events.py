@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -95,21 +96,24 @@ class TierEvents:
         self._watch.close()
 
     def _run(self) -> None:
-        busy, said = False, False
+        turn, said = 0.0, False
         while not self._closed:
-            self._wake.wait(_BUSY_SECONDS if busy else _TURN_SECONDS)
+            self._wake.wait(max(0.0, turn - time.monotonic()))
             self._wake.clear()
             try:
-                busy = self._watch.turn()
-                busy |= self._compose()
+                # What a tier reports is said at once; the tiers are asked when their turn comes, however much they say.
+                if time.monotonic() >= turn:
+                    turn = time.monotonic() + _TURN_SECONDS
+                    if self._watch.turn():
+                        turn = time.monotonic() + _BUSY_SECONDS
+                self._compose()
             except Exception:
-                busy = False
                 if not said and not self._closed:
                     said = True
                     logger.exception("KV events of the storage tiers: a turn failed (said once)")
 
-    def _compose(self) -> bool:
-        """Make events ready, as many as there is room for; whether there may be more to say."""
+    def _compose(self) -> None:
+        """Make events ready, as many as there is room for."""
         while self._blocks < _READY_BLOCKS and not self._closed:
             with self._lock:  # so that a flush comes before or after all of this
                 for event in self.announcer.take(_COMPOSED):
@@ -117,8 +121,8 @@ class TierEvents:
                     self._blocks += blocks
                     self._ready.append((blocks, _as_vllm(event)))
             if self.announcer.quiet:
-                return False
-        return False
+                return
+            time.sleep(0)  # the engine's threads first
 
 
 def notes_of(request: Any, first: int, last: int, page_size: int) -> Notes | None:
