@@ -23,6 +23,7 @@ _PART = 20
 #: Files that one walk remembers to remove, and seconds that a writer waits for one.
 _KNOWN = 1 << 16
 _WAIT = 0.5
+_LOOKS = 2
 #: Files without a page that are kept for the next ones.
 _SPARES = 32
 #: A walk after every so many seconds, for what other processes wrote.
@@ -75,7 +76,9 @@ class Room:
             if not self._looks:
                 self._wait_for_a_look()
             victims = self._victims(size)
-            if victims is None and self._wait_for_a_look():
+            for _ in range(_LOOKS):  # what came during the first may have been counted twice
+                if victims is not None or not self._wait_for_a_look():
+                    break
                 victims = self._victims(size)
             if victims is None or not self._looks:
                 return Taken.NOTHING

@@ -267,7 +267,7 @@ def test_a_reader_can_tell_that_his_file_became_another_page_s(rooms: Rooms, tmp
     """Its times say so, or its name does."""
     root = tmp_path / "pages"
     root.mkdir()
-    room = Room(root, 4 * MIB, root / "x" / "tmp", lambda path: None)
+    room = Room(root, 64 * MIB, root / "x" / "tmp", lambda path: None)
     files = Files(root, "x", room)
     for name in ("x/1/s/aa", "x/1/s/ab", "x/1/s/ac"):
         made = files.create(name, MIB)
