@@ -120,8 +120,8 @@ def mooncake_server() -> MooncakeServer:
     installed()
     network = Network(1)
     atexit.register(network.close)
-    # Leases that do not run out on a busy machine: a page whose lease did is a miss.
-    return MooncakeServer(network.hosts[0], 512 << 20, lease_ms=30_000)
+    # On a busy machine leases must not run out, nor may the memory's heartbeat be missed: either makes pages misses.
+    return MooncakeServer(network.hosts[0], 512 << 20, lease_ms=30_000, client_ttl=120)
 
 
 class Tool:
