@@ -119,6 +119,8 @@ def _read_that_is_overtaken(start: Start, tier: MemoryBackend, file: Path, capac
     space = namespace((size,))
     reader = start(capacity, **{LENGTHS: str([size])})
     pool, key = HostPool(space, 4), chain("a", 1)
+    rest = HostPool(space, 4)  # pages of other bytes than the key's
+    rest.poison()
     for turn in range(60):
         assert tier.write(pool.write_batch(key)).result(10) == [Outcome.HIT]
         file.write_bytes(b"\xee" * size)
@@ -136,11 +138,11 @@ def _read_that_is_overtaken(start: Start, tier: MemoryBackend, file: Path, capac
             filler = 0
             while stopped_inside and tier.lookup_local(key_batch(space, key)).any():
                 others = chain(f"other/{turn}/{filler}", 4)
-                assert set(tier.write(pool.batch(others)).result(10)) == {Outcome.HIT}
+                assert set(tier.write(rest.batch(others)).result(10)) == {Outcome.HIT}
                 filler += 1
             if stopped_inside:  # and once more round, so that the very bytes are others'
                 for more in range(8):
-                    tier.write(pool.batch(chain(f"more/{turn}/{more}", 4))).result(10)
+                    tier.write(rest.batch(chain(f"more/{turn}/{more}", 4))).result(10)
             os.kill(reader.process.pid, signal.SIGCONT)
             outcome, right = reader.answer(), bool(np.array_equal(page, expected))
             del page
