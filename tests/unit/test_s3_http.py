@@ -66,6 +66,13 @@ class Peer:
             data = data[cut:]
         client.sendall(data)
 
+    def has_closed(self) -> None:
+        """Wait until it has: it does when it finds that it has no more answers."""
+        until = time.monotonic() + 20
+        while self._open[-1].fileno() >= 0:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+
     def close(self) -> None:
         self._listener.close()
         for client in self._open:
@@ -172,7 +179,8 @@ def test_a_connection_that_was_closed_meanwhile_is_replaced() -> None:
             assert (memory, peer.connections) == (b"two", connections)
     with talking(answer(b"one")) as (http, peer):
         http.get(peer.url, [memoryview(memory)])
-        peer._answers.append(answer(b"two"))  # on a new connection: the first one is closed by then
+        peer.has_closed()
+        peer._answers.append(answer(b"two"))  # on a new connection
         http.get(peer.url, [memoryview(memory)])
         assert (memory, peer.connections) == (b"two", 2)
 
