@@ -69,7 +69,7 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
             self._lora = identity.startup_adapters(self._args)
         self._pools: dict[str, HostPool] = {}
         self._shared: shared.SharedPool | None = None
-        self._namespaces: dict[tuple[str, str | None], Namespace] = {}
+        self._namespaces: dict[tuple[HostPool, str | None], Namespace] = {}
         self._used: set[Namespace] = set()
         self._generic = GenericPages(self._namespace_of_tensors)
         self._detached = ""
@@ -103,13 +103,14 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
 
     def _register(self, name: str, host_pool: Any, flat: bool = False) -> None:
         pool = HostPool(name, host_pool, flat)
-        self._pools[name] = pool
         if pool.access is Access.COPIES:
             self.counters.add("pools_by_copies")
         if pool.access is not Access.NOTHING:
             _ = pool.layout  # raises now, at attach, rather than in a thread
         if name == KV and self.config.share == "engines":
             self._share(pool)
+        # Last: from here on other threads ask for its namespace, which depends on what was found out above.
+        self._pools[name] = pool
         for address, length in pool.memory():
             self.store.register_memory(address, length)
         logger.info("hicache_ext: pool %s: %s, buffers of %s bytes", name, pool.access.value, pool.lengths.tolist())
@@ -144,10 +145,10 @@ class HiCacheExtStorage(sglang_storage.HiCacheStorage):
         override = state.override
         if state.frozen:
             return None
-        found = self._namespaces.get((pool.name, override))
+        found = self._namespaces.get((pool, override))
         if found is None:
             found = self._namespace_of_layout(pool.name, pool.layout, pool.pool)
-            self._namespaces[pool.name, override] = found
+            self._namespaces[pool, override] = found
         return found
 
     def _namespace_of_tensors(self, name: str, dtype: str, size: int) -> Namespace | None:

@@ -71,6 +71,7 @@ def plugin_pools_without_addresses_are_copied() -> None:
             def get_page_buffer_meta(self, indices: Any) -> Any:
                 raise ValueError("none here")
 
+        assert adapter.served_namespace(), "as the thread of KV events may ask at any time"
         with changed(found.host_pool, __class__=NoAddresses), logged() as lines:
             adapter.register_mem_pool_host(found.host_pool)
             assert adapter.details()["pools"]["kv"] == "copies"

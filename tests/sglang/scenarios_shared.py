@@ -62,7 +62,25 @@ def plugin_shared_pages_are_canonical_in_every_layout() -> None:
             if not mla:
                 with attached(extra=_extra(page), layout=layout) as found:
                     _keep_logical(found)
-                    assert found.prefetch(found.key(TOKENS)) == content, (page, layout)
+                    arrived = found.prefetch(found.key(TOKENS))
+                    assert arrived == content, (page, layout, len(arrived), len(content), found.adapter.details())
+
+
+def plugin_shared_pages_have_their_namespace_whoever_asks_meanwhile() -> None:
+    """The thread of KV events asks for the namespace while the pool is being registered."""
+    from hicache_ext.sglang import shared
+
+    with attached(extra=_extra(16)) as found:
+        adapter, original = found.adapter, shared.shared
+
+        def interrupted(*args: Any) -> Any:
+            adapter.served_namespace()
+            return original(*args)
+
+        adapter._namespaces.clear()
+        with changed(shared, shared=interrupted):
+            adapter.register_mem_pool_host(found.host_pool)
+        assert adapter.served_namespace() == adapter._shared.space.digest
 
 
 def plugin_shared_pages_across_backups_and_batches() -> None:
