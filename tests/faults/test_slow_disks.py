@@ -290,20 +290,30 @@ def test_a_damaged_slot_is_cleared_beside_everything_else(
     assert served(backend, chain("a", 8)) == [Outcome.HIT] * 8
 
 
-def test_an_extent_is_made_beside_everything_else(tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write that needs one waits for its file; lookups, reads and a write that needs none do not."""
-    backend = tier(tmp_path / "tier")
-    store(backend, chain("a", 40))
-    other = namespace((16384,), model="model-b")
-    gate = Gate(monkeypatch, ExtentFiles, "create", lambda _, folder, header: header.namespace == other.digest)
+OTHER = namespace((16384,), model="model-b")
+
+
+def write_that_needs_an_extent(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Gate, threading.Thread, list[Outcome]]:
+    """A write of eight pages of another namespace, held while it makes its extent; who writes, and what came of it."""
+    gate = Gate(monkeypatch, ExtentFiles, "create", lambda _, folder, header: header.namespace == OTHER.digest)
     outcomes: list[Outcome] = []
 
     def write() -> None:
-        outcomes.extend(backend.write(HostPool(other, 8).write_batch(chain("b", 8))).result(30))
+        outcomes.extend(backend.write(HostPool(OTHER, 8).write_batch(chain("b", 8))).result(30))
 
     writer = threading.Thread(target=write)
     writer.start()
     assert gate.entered.wait(10)
+    return gate, writer, outcomes
+
+
+def test_an_extent_is_made_beside_everything_else(tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that needs one waits for its file; lookups, reads and a write that needs none do not."""
+    backend = tier(tmp_path / "tier")
+    store(backend, chain("a", 40))
+    gate, writer, outcomes = write_that_needs_an_extent(backend, monkeypatch)
     assert backend.lookup_local(key_batch(SPACE, chain("a", 40))).sum() == 40
     assert served(backend, chain("a", 40)) == [Outcome.HIT] * 40
     assert store(backend, chain("c", 8)) == [Outcome.HIT] * 8
@@ -311,7 +321,7 @@ def test_an_extent_is_made_beside_everything_else(tier: Open, tmp_path: Path, mo
     gate.opened.set()
     writer.join(20)
     assert outcomes == [Outcome.HIT] * 8
-    assert pages.served(backend, other, chain("b", 8), 5) == [Outcome.HIT] * 8
+    assert pages.served(backend, OTHER, chain("b", 8), 5) == [Outcome.HIT] * 8
 
 
 def test_a_close_waits_for_an_extent_that_a_write_makes(
@@ -320,16 +330,7 @@ def test_a_close_waits_for_an_extent_that_a_write_makes(
     """Its folder is nobody else's before that."""
     backend = tier(tmp_path / "tier")
     store(backend, chain("a", 8))
-    other = namespace((16384,), model="model-b")
-    gate = Gate(monkeypatch, ExtentFiles, "create", lambda _, folder, header: header.namespace == other.digest)
-    outcomes: list[Outcome] = []
-
-    def write() -> None:
-        outcomes.extend(backend.write(HostPool(other, 8).write_batch(chain("b", 8))).result(30))
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    assert gate.entered.wait(10)
+    gate, writer, outcomes = write_that_needs_an_extent(backend, monkeypatch)
     closer = threading.Thread(target=backend.close)
     closer.start()
     closer.join(0.3)
