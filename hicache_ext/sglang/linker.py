@@ -1,7 +1,7 @@
 """HiCacheExtLinker: SGLang's external linker (0.5.23 and later) over a TieredStore, from device pools and no host pool.
 
 Belongs here: SGLang's calls, and what decides whether pages may be served. Does not belong here: pools (linker_pools),
-slots (linker_staging), copies (linker_copies), loading (linker_loads), offloading (linker_offloads).
+slots and copies (hicache_ext.device), loading (linker_loads), offloading (linker_offloads).
 
     --enable-unified-cache-external-linker --unified-cache-external-linker-backend dynamic
     --unified-cache-external-linker-config '{"linker": "HiCacheExtLinker",
@@ -45,10 +45,11 @@ if versions.check(versions.installed()) < (0, 5, 23):  # 0.5.22 has the contract
 
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
 
-from hicache_ext.sglang import linker_copies, linker_pools, linker_settings
+from hicache_ext.device.copies import choose
+from hicache_ext.device.slots import Staging
+from hicache_ext.sglang import linker_pools, linker_settings
 from hicache_ext.sglang.linker_loads import Load, LoadFailed, Loads, Wanted
 from hicache_ext.sglang.linker_offloads import Leaving, Offload, Offloads
-from hicache_ext.sglang.linker_staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class HiCacheExtLinker(UnifiedCacheLinker):
         on_gpu = any(plane.buffer.device.type == "cuda" for pool in self._pools.values() for plane in pool.planes)
         self._staging = [self._slots(on_gpu), self._slots(on_gpu)]
         incoming, outgoing = self._staging
-        self._copies, back = linker_copies.choose(self._pools, self._staging)
+        self._copies, back = choose(self._pools, self._staging)
         self.store: TieredStore | inject.FaultyStore = inject.wrap(TieredStore.open(self.config))
         for staging in (*incoming.values(), *outgoing.values()):
             self.store.register_memory(staging.address, staging.size)

@@ -1,7 +1,7 @@
 """Loads: pages from the tiers into device pools, layer by layer, on one thread of their own.
 
 Belongs here: the order of reading and copying, deadlines, what becomes of a load that fails. Does not belong here: what
-may be loaded (linker), or how pages are copied (linker_copies).
+may be loaded (linker), or how pages are copied (hicache_ext.device).
 
     read      the tiers fill slots, several parts at a time, while the forward before may still run; every page is
               verified there, or the whole load fails before its first byte reaches the device
@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hicache_ext.device.copies import Copies, Part
+from hicache_ext.device.slots import Staging
 from hicache_ext.page import KEY_BYTES, Namespace, pack_keys, split_keys
-from hicache_ext.sglang.linker_copies import Copies, Part
 from hicache_ext.sglang.linker_planes import DevicePool
-from hicache_ext.sglang.linker_staging import Staging
 from hicache_ext.store import NO_TIER, TieredStore
 from hicache_ext.store.inject import FaultyStore
 from storage_backends.base import Completion, KeyBatch, Outcome

@@ -1,7 +1,7 @@
 """Offloads: pages of device pools on their way to the tiers, on one thread of their own.
 
 Belongs here: the order in which they end, how much may wait, when a tier is not waited for. Does not belong here: what
-is offloaded (linker), or how pages are copied (linker_copies).
+is offloaded (linker), or how pages are copied (hicache_ext.device).
 
 SGLang keeps the device pages of an offload locked until its result was taken, and takes results in the order of the
 calls. So: device pages are read once, into slots, before the result; and what would lock too much of the pool is
@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from hicache_ext.device.copies import Copies, Part
+from hicache_ext.device.slots import Staging
 from hicache_ext.page import Namespace, chain_parents, pack_keys
-from hicache_ext.sglang.linker_copies import Copies, Part
 from hicache_ext.sglang.linker_planes import DevicePool
-from hicache_ext.sglang.linker_staging import Staging
 from hicache_ext.sglang.stats import AdapterStats
 from hicache_ext.store import NO_TIER, TieredStore
 from hicache_ext.store.inject import FaultyStore

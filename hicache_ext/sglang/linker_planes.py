@@ -1,7 +1,7 @@
-"""One device pool as planes: which bytes are a page, where they lie in a slot, and which layer waits for them.
+"""One device pool of SGLang's as planes (hicache_ext.device).
 
-Belongs here: addresses of what is copied. Does not belong here: how SGLang's pools become this (linker_pools); nothing
-of SGLang is imported.
+Belongs here: what a pool's page numbers are. Does not belong here: how SGLang's pools become this (linker_pools);
+nothing of SGLang is imported.
 """
 
 from __future__ import annotations
@@ -12,28 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hicache_ext.device.planes import Plane
 from hicache_ext.page import PageLayout
-
-
-@dataclass(frozen=True)
-class Plane:
-    """One buffer of a pool, and where its part of a page lies: `tokens x heads` runs of `run` bytes.
-
-    buffer: the device tensor. page, token, head: strides in it, in bytes. at, slot_token, slot_head: in a slot.
-    layer: of the forward, the first that reads this buffer.
-    """
-
-    buffer: Any
-    layer: int
-    tokens: int
-    heads: int
-    run: int
-    page: int
-    token: int
-    head: int
-    at: int
-    slot_token: int
-    slot_head: int
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """SGLang's device pools as the linker links them: which of them, in which order a page holds their bytes.
 
 Belongs here: from SGLang's pools to planes and page layouts. Does not belong here: what a plane is (linker_planes),
-copying (linker_copies), slots (linker_staging), or what the pages mean (identity).
+copying and slots (hicache_ext.device), or what the pages mean (identity).
 
 Where a host pool of SGLang's could hold the same bytes (KV of plain attention and of MLA), a page has that host pool's
 layout, and with it its namespace: one directory serves the hierarchical cache and the linker. Any other pool's page
@@ -24,8 +24,9 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from hicache_ext.config import ConfigError
+from hicache_ext.device.planes import Plane
 from hicache_ext.page import PageLayout
-from hicache_ext.sglang.linker_planes import DevicePool, Plane, row_stride
+from hicache_ext.sglang.linker_planes import DevicePool, row_stride
 from hicache_ext.sglang.pools import HostPool
 
 logger = logging.getLogger(__name__)

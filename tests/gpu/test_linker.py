@@ -25,11 +25,13 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
+from hicache_ext.device import copies as device_copies  # noqa: E402
+from hicache_ext.device import slots as device_slots  # noqa: E402
+from hicache_ext.device.copies import BlockCopies, Part, TorchCopies  # noqa: E402
+from hicache_ext.device.planes import Plane  # noqa: E402
+from hicache_ext.device.slots import Staging  # noqa: E402
 from hicache_ext.page import PageLayout  # noqa: E402
-from hicache_ext.sglang import linker_copies, linker_staging  # noqa: E402
-from hicache_ext.sglang.linker_copies import BlockCopies, Part, TorchCopies  # noqa: E402
-from hicache_ext.sglang.linker_planes import DevicePool, Plane  # noqa: E402
-from hicache_ext.sglang.linker_staging import Staging  # noqa: E402
+from hicache_ext.sglang.linker_planes import DevicePool  # noqa: E402
 
 POISON = 0xA5
 LAYERS, TOKENS, HEADS, RUN = 6, 16, 4, 256
@@ -117,7 +119,7 @@ def test_layers_arrive_in_order_and_each_is_whole(case: Case) -> None:
 
 
 def test_pinned_memory_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linker_staging, "pin", lambda *_: "cuMemHostRegister: error 2")
+    monkeypatch.setattr(device_slots, "pin", lambda *_: "cuMemHostRegister: error 2")
     case = Case(pinned=False)
     assert "pageable" in case.copies.name
     case.copies.load(case.part)
@@ -151,7 +153,7 @@ def test_a_capture_elsewhere_lives_through_a_load(case: Case) -> None:
 
 
 def test_block_copies_are_chosen_and_torch_s_agree(case: Case, caplog: pytest.LogCaptureFixture) -> None:
-    (chosen,) = linker_copies.choose({"kv": case.pool}, [{"kv": case.staging}])
+    (chosen,) = device_copies.choose({"kv": case.pool}, [{"kv": case.staging}])
     assert isinstance(chosen, BlockCopies)
     assert "pinned" in chosen.name
     assert not caplog.records

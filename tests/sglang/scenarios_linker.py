@@ -61,11 +61,11 @@ def plain_linker_one_request_after_another() -> None:
     """Several in one batch, of which two want the same pages; parts smaller than the load."""
     if not has_linker():
         return
-    from hicache_ext.sglang import linker_staging
+    from hicache_ext.device import slots as device_slots
 
     other = list(range(7000, 7000 + 9 * rig.PAGE))
     extra = {**fresh(), "staging_bytes": "2MiB"}
-    with changed(linker_staging, PART_BYTES=3 * 12288), linked(extra=extra, slots=256) as found:
+    with changed(device_slots, PART_BYTES=3 * 12288), linked(extra=extra, slots=256) as found:
         found.serve(TOKENS)
         found.serve(other)
         found.settle()

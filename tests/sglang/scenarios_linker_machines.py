@@ -24,7 +24,7 @@ def plain_linker_what_a_gpu_would_be_told_to_copy() -> None:
 
     from hicache_ext import _cuda
     from hicache_ext.cuda import layouts
-    from hicache_ext.sglang.linker_copies import Part, copied_sides
+    from hicache_ext.device.copies import Part, copied_sides
 
     cases = [("mla" if mla else "mha", layout) for layout, mla in LAYOUTS]
     for kind, layout in [*cases, ("swa", "page_first"), ("dsa", "page_first")]:
@@ -155,7 +155,7 @@ def plain_linker_a_gpu_that_cannot_be_had() -> None:
     if not has_linker():
         return
     from hicache_ext.cuda import CopyError, CudaUnavailable
-    from hicache_ext.sglang import linker_copies
+    from hicache_ext.device import copies as device_copies
 
     class Torch:
         def __init__(self, pools: Any, staging: Any) -> None:
@@ -175,10 +175,10 @@ def plain_linker_a_gpu_that_cannot_be_had() -> None:
         }
         ways = [missing(CudaUnavailable("no usable device")), missing(CopyError("out of device memory"))]
         if not torch.cuda.is_available():
-            ways.append(linker_copies.BlockCopies)  # the real one: this machine has no driver
+            ways.append(device_copies.BlockCopies)  # the real one: this machine has no driver
         for way in ways:
-            with changed(linker_copies, TorchCopies=Torch, BlockCopies=way), logged() as lines:
-                chosen = linker_copies.choose(pools, linker._staging)
+            with changed(device_copies, TorchCopies=Torch, BlockCopies=way), logged() as lines:
+                chosen = device_copies.choose(pools, linker._staging)
             assert [one.name for one in chosen] == ["torch copies"] * 2
             assert len(lines.lines) == 1, lines.lines
             assert "no block copies (" in lines.lines[0], lines.lines
@@ -187,13 +187,13 @@ def plain_linker_a_gpu_that_cannot_be_had() -> None:
 def plain_linker_memory_that_is_not_pinned() -> None:
     if not has_linker():
         return
-    from hicache_ext.sglang import linker_staging
+    from hicache_ext.device import slots as device_slots
 
     with linked(extra=fresh()) as found:
-        with changed(linker_staging, pin=lambda *_: "cuMemHostRegister: error 2"), logged() as lines:
+        with changed(device_slots, pin=lambda *_: "cuMemHostRegister: error 2"), logged() as lines:
             made = found.linker._slots(True)
         assert lines.count("is not pinned (cuMemHostRegister: error 2)") == 1, lines.lines
         made["kv"].close()
         if not torch.cuda.is_available():
-            assert "no CUDA driver" in linker_staging.pin(made["kv"].address, 4096)
+            assert "no CUDA driver" in device_slots.pin(made["kv"].address, 4096)
         assert found.linker._staging[0]["kv"].not_pinned

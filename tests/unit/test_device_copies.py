@@ -1,6 +1,6 @@
-"""The linker's two ways of copying, held against each other over a driver that stands in for CUDA's (no GPU here).
+"""Two ways of copying between pools and slots, held against each other over a driver that stands in for CUDA's.
 
-What a machine without a GPU can show of the block copies: that the linker, hicache_ext.cuda and csrc/cuda fit together
+What a machine without a GPU can show of the block copies: that hicache_ext.device, .cuda and csrc/cuda fit together
 call by call, and what is said, and done next, when the driver refuses. Each case has a process of its own, since a
 process loads one driver. On a GPU: tests/gpu/test_linker.py.
 """
@@ -35,10 +35,11 @@ HEAD = """
     torch.cuda.Stream = lambda device=None: SimpleNamespace(cuda_stream=0x200, synchronize=lambda: None)
     from hicache_ext.cuda import CopyError, CudaUnavailable
     from hicache_ext.page import PageLayout
-    from hicache_ext.sglang import linker_copies
-    from hicache_ext.sglang.linker_copies import BlockCopies, Part, TorchCopies
-    from hicache_ext.sglang.linker_planes import DevicePool, Plane
-    from hicache_ext.sglang.linker_staging import Staging
+    from hicache_ext.device import copies as device_copies
+    from hicache_ext.device.copies import BlockCopies, Part, TorchCopies
+    from hicache_ext.device.planes import Plane
+    from hicache_ext.sglang.linker_planes import DevicePool
+    from hicache_ext.device.slots import Staging
     logging.basicConfig(stream=sys.stdout, format="said: %(message)s")
 
     LAYERS, TOKENS, ROW, PAGES, SLOTS = 4, 8, 192, 20, 12
@@ -84,15 +85,15 @@ HEAD = """
         return BlockCopies({"kv": case.pool}, {"kv": case.staging}, torch.device("cuda:0"))
 
     def choose(case):
-        linker_copies.TorchCopies = lambda pools, staging: SimpleNamespace(name="torch copies")
-        return linker_copies.choose({"kv": case.pool}, [{"kv": case.staging}] * 2)
+        device_copies.TorchCopies = lambda pools, staging: SimpleNamespace(name="torch copies")
+        return device_copies.choose({"kv": case.pool}, [{"kv": case.staging}] * 2)
 """
 
 CASES = {
     "there and back": (
         """
         case = open_case()
-        chosen = linker_copies.choose({"kv": case.pool}, [{"kv": case.staging}])[0]
+        chosen = device_copies.choose({"kv": case.pool}, [{"kv": case.staging}])[0]
         print(chosen.name)
         chosen.load(case.part); case.reference.load(case.part)
         assert same(case) and copies()
@@ -266,18 +267,20 @@ def test_without_a_driver_pools_on_a_gpu_go_by_torch() -> None:
         pytest.skip("this machine has a GPU")
     script = """
     import torch
-    from hicache_ext.sglang import linker_copies, linker_staging
+    from hicache_ext.device import copies as device_copies
+    from hicache_ext.device import slots as device_slots
     from types import SimpleNamespace
     buffer = SimpleNamespace(
         device=torch.device("cuda:0"), data_ptr=lambda: 4096, shape=(8, 64), element_size=lambda: 1, stride=lambda _: 64
     )
     from hicache_ext.page import PageLayout
-    from hicache_ext.sglang.linker_planes import DevicePool, Plane
+    from hicache_ext.device.planes import Plane
+    from hicache_ext.sglang.linker_planes import DevicePool
     pool = DevicePool("kv", None, PageLayout("kv", "linker", "uint8", 1, (64,)),
                       (Plane(buffer, 0, 1, 1, 64, 64, 64, 64, 0, 64, 64),), None)
-    staging = linker_staging.Staging(pool.layout, 4, True)
-    linker_copies.TorchCopies = lambda *_: SimpleNamespace(name="torch copies")
-    print(linker_copies.choose({"kv": pool}, [{"kv": staging}])[0].name, "/", staging.not_pinned)
+    staging = device_slots.Staging(pool.layout, 4, True)
+    device_copies.TorchCopies = lambda *_: SimpleNamespace(name="torch copies")
+    print(device_copies.choose({"kv": pool}, [{"kv": staging}])[0].name, "/", staging.not_pinned)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, cwd=ROOT

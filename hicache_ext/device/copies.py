@@ -1,7 +1,7 @@
 """Pages between device pools and slots: one interface, two ways, chosen once at open and said.
 
-Belongs here: copying whole pages and layer after layer. Does not belong here: which pages (linker_loads,
-linker_offloads), or how a GPU copies (hicache_ext.cuda).
+Belongs here: copying whole pages and layer after layer. Does not belong here: which pages (engines' adapters), or how a
+GPU copies (hicache_ext.cuda).
 
 `BlockCopies` uses the block copies of hicache_ext.cuda and is for CUDA pools. `TorchCopies` uses torch's indexing:
 plain memory copies where the pools lie in host memory, and what is left where the block copies cannot be had.
@@ -22,8 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from hicache_ext.cuda import BlockShape, Copier, CopyError, CudaUnavailable, Side
-from hicache_ext.sglang.linker_planes import DevicePool, Plane
-from hicache_ext.sglang.linker_staging import Staging
+from hicache_ext.device.planes import Plane, Pool, Slots
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class Copies(Protocol):
         """As load, layer after layer; `arrived(layer)` once all of a layer is there, for each layer in order."""
 
 
-def choose(pools: Mapping[str, DevicePool], sides: Sequence[Mapping[str, Staging]]) -> list[Copies]:
+def choose(pools: Mapping[str, Pool], sides: Sequence[Mapping[str, Slots]]) -> list[Copies]:
     """The copies between these pools and the slots of each side."""
     devices = {plane.buffer.device for pool in pools.values() for plane in pool.planes}
     kinds = {device.type for device in devices}
@@ -65,14 +64,14 @@ def choose(pools: Mapping[str, DevicePool], sides: Sequence[Mapping[str, Staging
         except (CudaUnavailable, CopyError) as error:
             why = str(error)
     if why:
-        logger.warning("hicache_ext linker: no block copies (%s): pages go through torch's indexing, slowly", why)
+        logger.warning("hicache_ext: no block copies (%s): pages go through torch's indexing, slowly", why)
     return [TorchCopies(pools, staging) for staging in sides]
 
 
 class TorchCopies:
     """By torch's indexing, on whatever device the pools are."""
 
-    def __init__(self, pools: Mapping[str, DevicePool], staging: Mapping[str, Staging]) -> None:
+    def __init__(self, pools: Mapping[str, Pool], staging: Mapping[str, Slots]) -> None:
         self._views = {
             name: [(plane.layer, *_views(plane, pool, staging[name])) for plane in pool.planes]
             for name, pool in pools.items()
@@ -119,7 +118,7 @@ class TorchCopies:
             self._stream.synchronize()
 
 
-def _views(plane: Plane, pool: DevicePool, staging: Staging) -> tuple[Any, Any]:
+def _views(plane: Plane, pool: Pool, staging: Slots) -> tuple[Any, Any]:
     """uint8 [pages, tokens, heads, run] of the plane in the pool, and in the slots."""
     flat = plane.buffer.view(torch.uint8)
     dims = (plane.tokens, plane.heads, plane.run)
@@ -134,7 +133,7 @@ def _views(plane: Plane, pool: DevicePool, staging: Staging) -> tuple[Any, Any]:
 class BlockCopies:
     """By hicache_ext.cuda, on a stream of its own. Planes of one shape and one stride make one copier."""
 
-    def __init__(self, pools: Mapping[str, DevicePool], staging: Mapping[str, Staging], device: Any) -> None:
+    def __init__(self, pools: Mapping[str, Pool], staging: Mapping[str, Slots], device: Any) -> None:
         """CudaUnavailable, CopyError: it cannot be had here."""
         self._copiers = {name: _copiers(pool, staging[name], device.index or 0) for name, pool in pools.items()}
         self._stream = torch.cuda.Stream(device=device)
@@ -178,7 +177,7 @@ class _Copier:
     last: dict[int, int]
 
 
-def copied_sides(pool: DevicePool, staging: Staging) -> list[tuple[BlockShape, Side, Side, dict[int, int]]]:
+def copied_sides(pool: Pool, staging: Slots) -> list[tuple[BlockShape, Side, Side, dict[int, int]]]:
     """For each copier that a pool needs: shape, pools, pages, and which of its layers each layer waits for."""
     alike: dict[tuple[int, int, int, int, int, int, int, int], list[Plane]] = {}
     for plane in pool.planes:
@@ -194,8 +193,7 @@ def copied_sides(pool: DevicePool, staging: Staging) -> list[tuple[BlockShape, S
         kv = each.pop() if len(each) == 1 else 1
         last = {layer: number // kv for number, layer in enumerate(layers)}
         shape = BlockShape(len(planes) // kv, kv, tokens, heads, run)
-        pages = min(plane.buffer.shape[0] for plane in planes) * token // page
-        in_pool = Side(tuple(plane.buffer.data_ptr() for plane in planes), pages, page, token, head)
+        in_pool = Side(tuple(plane.buffer.data_ptr() for plane in planes), pool.pages, page, token, head)
         in_slots = Side(
             tuple(staging.address + plane.at for plane in planes), staging.slots, staging.stride, slot_token, slot_head
         )
@@ -203,7 +201,7 @@ def copied_sides(pool: DevicePool, staging: Staging) -> list[tuple[BlockShape, S
     return found
 
 
-def _copiers(pool: DevicePool, staging: Staging, ordinal: int) -> list[_Copier]:
+def _copiers(pool: Pool, staging: Slots, ordinal: int) -> list[_Copier]:
     made = []
     for shape, in_pool, in_slots, last in copied_sides(pool, staging):
         copier = Copier(shape, in_pool, in_slots, ordinal)

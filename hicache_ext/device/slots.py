@@ -1,7 +1,7 @@
 """Page slots in host memory of ours, between a device pool and the tiers.
 
-Belongs here: the memory, pinning it, lending slots. Does not belong here: who copies into them (linker_copies), or
-when (linker_loads, linker_offloads).
+Belongs here: the memory, pinning it, lending slots. Does not belong here: who copies into them (copies), or when
+(engines' adapters).
 
 A slot holds one page as it is stored. Whoever took a slot gives it back once nothing can touch it any more: a tier that
 is late keeps its slots, and nothing but them.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -53,10 +54,11 @@ def unpin(address: int) -> None:
 class Staging:
     """Slots for pages of one layout, by number."""
 
-    def __init__(self, layout: PageLayout, slots: int, pinned: bool) -> None:
-        """pinned: a GPU will copy from and to it."""
+    def __init__(self, layout: PageLayout, slots: int, pinned: bool, unit: int = 1) -> None:
+        """pinned: a GPU will copy from and to it. unit: bytes; slots lie a whole number of units apart."""
         self.layout, self.slots = layout, slots
-        self.stride = -(-layout.payload_bytes // ALIGNMENT) * ALIGNMENT
+        step = math.lcm(ALIGNMENT, unit)
+        self.stride = -(-layout.payload_bytes // step) * step
         self._memory: OwnedMemory | None = OwnedMemory(self.stride * slots, not_in_children=True)
         self.address = self._memory.address
         self.size = self._memory.size
