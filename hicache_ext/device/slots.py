@@ -57,8 +57,7 @@ class Staging:
     def __init__(self, layout: PageLayout, slots: int, pinned: bool, unit: int = 1) -> None:
         """pinned: a GPU will copy from and to it. unit: bytes; slots lie a whole number of units apart."""
         self.layout, self.slots = layout, slots
-        step = math.lcm(ALIGNMENT, unit)
-        self.stride = -(-layout.payload_bytes // step) * step
+        self.stride = self.stride_of(layout, unit)
         self._memory: OwnedMemory | None = OwnedMemory(self.stride * slots, not_in_children=True)
         self.address = self._memory.address
         self.size = self._memory.size
@@ -67,6 +66,12 @@ class Staging:
         self._lengths, self._starts = lengths, np.cumsum(lengths) - lengths
         self._free = list(range(slots))
         self._cond = threading.Condition()
+
+    @staticmethod
+    def stride_of(layout: PageLayout, unit: int = 1) -> int:
+        """Bytes from slot to slot."""
+        step = math.lcm(ALIGNMENT, unit)
+        return -(-layout.payload_bytes // step) * step
 
     @property
     def view(self) -> Any:

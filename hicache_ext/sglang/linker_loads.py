@@ -31,8 +31,9 @@ from hicache_ext.device.copies import Copies, Part
 from hicache_ext.device.slots import Staging
 from hicache_ext.page import KEY_BYTES, Namespace, pack_keys, split_keys
 from hicache_ext.sglang.linker_planes import DevicePool
-from hicache_ext.store import NO_TIER, TieredStore
+from hicache_ext.store import TieredStore
 from hicache_ext.store.inject import FaultyStore
+from hicache_ext.store.overdue import account_overdue
 from storage_backends.base import Completion, KeyBatch, Outcome
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ class Loads:
         assert read is not None
         if not read.wait(max(0.0, load.deadline - time.monotonic())):
             read.cancel()
-            self._account_late(piece)
+            account_overdue(self._store, KeyBatch(piece.space, piece.keys))
             raise LoadFailed(f"a tier did not give its pages of pool {piece.pool} in time", trouble=True)
         outcomes = bytes(read.outcomes)
         good = outcomes.count(Outcome.HIT)
@@ -195,12 +196,6 @@ class Loads:
             )
             trouble = bool(outcomes.count(Outcome.FAILED) or outcomes.count(Outcome.TIMEOUT))
             raise LoadFailed(f"{told} of {len(outcomes)} pages of pool {piece.pool}", trouble)
-
-    def _account_late(self, piece: _Piece) -> None:
-        """The tiers whose pages are late: their health must know, though the read itself goes on."""
-        found = self._store.lookup_local(KeyBatch(piece.space, piece.keys))
-        for index in np.unique(found[found != NO_TIER]).tolist():
-            self._store.tiers[index].account("read", bytes([Outcome.TIMEOUT]) * int((found == index).sum()))
 
     def _part(self, piece: _Piece, load: Load, pages: dict[str, NDArray[np.int64]]) -> Part:
         """Where the piece goes, once it may go there."""

@@ -11,23 +11,21 @@ or who we are (identity).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import vllm
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorRole,
-    KVConnectorTransferResults,
-    SupportsHMA,
-)
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
 from hicache_ext import fingerprint
 from hicache_ext.page import Namespace, PageLayout
 from hicache_ext.vllm import events, identity, sharing, stores, versions
 from hicache_ext.vllm.blocks import Blocks, UnsupportedLayout, blocks_of
+from hicache_ext.vllm.device_blocks import DeviceBlocks, own_blocks
+from hicache_ext.vllm.device_moves import DeviceMoves
 from hicache_ext.vllm.metadata import StepMetadata, WorkerMetadata, WorkerReport
+from hicache_ext.vllm.moves import HostMoves, Moves
 from hicache_ext.vllm.scheduler import SchedulerHalf
 from hicache_ext.vllm.settings import Settings
 from hicache_ext.vllm.sharing import SharedBlocks
@@ -36,7 +34,17 @@ from hicache_ext.vllm.worker import WorkerHalf
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = {"CPU": CacheHitSource.HOST, "DISK": CacheHitSource.DISK}
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    _SOURCES = {"CPU": CacheHitSource.HOST, "DISK": CacheHitSource.DISK}
+except ImportError:  # before vLLM counted hits by source
+    CacheHitSource = None
+    _SOURCES = {}
+
+#: How a worker says what became of its loads; before it there was `get_finished`, which cannot say of a request that it
+#: failed.
+_RESULTS = getattr(base, "KVConnectorTransferResults", None)
 
 
 class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
@@ -50,6 +58,11 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
         groups = kv_cache_config.kv_cache_groups
         self._page_size, windows = _groups(groups)
         self._layers = [list(group.layer_names) for group in groups]
+        if len(groups) > 1 and _RESULTS is None:
+            raise UnsupportedLayout(
+                f"hicache_ext: {len(groups)} groups of KV blocks need a newer vLLM than {vllm.__version__}. "
+                "Fix: start vLLM with --disable-hybrid-kv-cache-manager"
+            )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._store = stores.acquire(self._settings.config)
@@ -74,8 +87,8 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         config = self._vllm_config
         device = str(next(iter(kv_caches.values())).device.type)
-        if device != "cpu":
-            raise UnsupportedLayout(f"hicache_ext: KV blocks on {device} are not supported yet, only a CPU's")
+        if device not in ("cpu", "cuda"):
+            raise UnsupportedLayout(f"hicache_ext: KV blocks on {device} are not supported, only a CPU's and a GPU's")
         from vllm.distributed import get_pp_group, get_tp_group
 
         rank = identity.rank_of(config, get_tp_group().rank_in_group, get_pp_group().rank_in_group)
@@ -84,16 +97,30 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
             [shared] if shared else [self._own(kv_caches, group, device, rank) for group in range(len(self._layers))]
         )
         blocks, spaces = zip(*groups, strict=True)
-        self._worker = WorkerHalf(self._settings, self._store, blocks, spaces, rank.writes, self._publishes)
+        options, copies = self._settings.options, ""
+
+        def moves(count: Callable[[str, int], None]) -> Moves:
+            nonlocal copies
+            if device == "cpu":
+                return HostMoves(self._store, blocks, int(options.save_bytes), count)
+            made = DeviceMoves(
+                self._store, blocks, spaces, int(options.load_bytes), int(options.save_bytes), count
+            )  # fmt: skip
+            copies = f", {made.copies}"
+            return made
+
+        self._worker = WorkerHalf(self._settings, self._store, moves, spaces, rank.writes, self._publishes)
         for space in spaces:
             layout = space.layout
             logger.info(
-                "hicache_ext: tiers %s, pages of %s tokens and %s bytes in %s pieces, namespace %s",
+                "hicache_ext: tiers %s, pages of %s tokens and %s bytes in %s pieces, namespace %s%s",
                 [tier.label for tier in self._settings.config.tiers], layout.page_size, layout.payload_bytes,
-                len(layout.buffer_lengths), space.digest.hex(),
+                len(layout.buffer_lengths), space.digest.hex(), copies,
             )  # fmt: skip
 
-    def _shared(self, kv_caches: dict[str, Any], rank: identity.Rank) -> tuple[SharedBlocks, Namespace] | None:
+    def _shared(
+        self, kv_caches: dict[str, Any], rank: identity.Rank
+    ) -> tuple[SharedBlocks | DeviceBlocks, Namespace] | None:
         """Canonical pages where they are wanted and can be; else None, and why not is said once."""
         settings, config = self._settings.config, self._vllm_config
         if settings.share != "engines":
@@ -114,11 +141,23 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
         )  # fmt: skip
         return found
 
-    def _own(self, kv_caches: dict[str, Any], group: int, device: str, rank: identity.Rank) -> tuple[Blocks, Namespace]:
+    def _own(
+        self, kv_caches: dict[str, Any], group: int, device: str, rank: identity.Rank
+    ) -> tuple[Blocks | DeviceBlocks, Namespace]:
         """Blocks of one group as vLLM has them."""
         config, cache, names = self._vllm_config, self._kv_cache_config, self._layers[group]
-        blocks = blocks_of({name: kv_caches[name] for name in names}, names, cache.num_blocks)
+        tensors = {name: kv_caches[name] for name in names}
         first = kv_caches[names[0]]
+        order: tuple[tuple[str, int | str], ...] = ()
+        blocks: Blocks | DeviceBlocks
+        if device == "cpu":
+            blocks = blocks_of(tensors, names, cache.num_blocks)
+            lengths = tuple(int(length) for length in blocks.lengths)
+        else:
+            blocks = own_blocks(tensors, names, cache.num_blocks, self._page_size)
+            lengths = (blocks.page_bytes,)
+            # Before 0.32 the shape is the same for every order in memory.
+            order = (("strides", str(tuple(first.stride()[1:]))),)
         layers = config.compilation_config.static_forward_context
         backends = [layers[name].get_attn_backend().get_name() for name in names if name in layers]
         layout = PageLayout(
@@ -126,11 +165,12 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
             order=identity.block_format(backends, device, getattr(cache, "kv_cache_layout", None), self._version),
             dtype=str(first.dtype).removeprefix("torch."),
             page_size=self._page_size,
-            buffer_lengths=tuple(int(length) for length in blocks.lengths),
+            buffer_lengths=lengths,
             geometry=(
                 ("layers", len(names)),
                 ("names", fingerprint.digest(names)[:16]),
                 ("shape", str(tuple(first.shape[1:]))),
+                *order,
             ),
         )
         return blocks, identity.namespace(self._settings.config, config, layout, rank)
@@ -143,7 +183,8 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.load(self._step())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads end between steps, before the request is scheduled."""
+        """Loads end between steps, before the request is scheduled: others compute meanwhile, and CUDA graphs stay
+        whole, which vLLM would have to cut at every layer otherwise."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Blocks are saved whole, at the end of the step."""
@@ -152,14 +193,27 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None and self.has_connector_metadata():
             self._worker.save(self._step())
 
-    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """Before each step's forward, whether anybody was preempted or not."""
+        if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
+            self._worker.make_way(kv_connector_metadata)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Of vLLM without get_transfer_results."""
         if self._worker is None:
-            return KVConnectorTransferResults()
+            return None, None
+        arrived, self._invalid, _ = self._worker.finished_loads()
+        return None, arrived
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        assert _RESULTS is not None
+        if self._worker is None:
+            return _RESULTS()
         arrived, invalid, failed = self._worker.finished_loads()
         if len(self._layers) > 1:  # of several groups vLLM recomputes the request, not its blocks
-            return KVConnectorTransferResults(finished_recving=arrived, failed_recving=failed)
+            return _RESULTS(finished_recving=arrived, failed_recving=failed)
         self._invalid = invalid
-        return KVConnectorTransferResults(finished_recving=arrived)
+        return _RESULTS(finished_recving=arrived)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         invalid, self._invalid = self._invalid, set()
@@ -219,9 +273,9 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._scheduler is not None
         self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
-    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         assert self._scheduler is not None
-        sources: dict[CacheHitSource, int] = {}
+        sources: dict[Any, int] = {}
         for tier, tokens in self._scheduler.tiers_of(request).items():
             medium = self._store.tiers[tier].backend.capabilities.medium
             source = _SOURCES.get(medium, CacheHitSource.EXTERNAL_UNSPECIFIED)
@@ -238,8 +292,9 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler.events.hear(report.changes)
         if self._scheduler is not None and connector_output.finished_recving:
             self._scheduler.loaded(
-                connector_output.finished_recving, connector_output.invalid_block_ids, connector_output.failed_recving
-            )
+                connector_output.finished_recving, connector_output.invalid_block_ids,
+                getattr(connector_output, "failed_recving", None) or (),
+            )  # fmt: skip
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None

@@ -220,6 +220,7 @@ class SchedulerHalf:
         """What the workers are to do in this step of vLLM's SchedulerOutput."""
         meta = StepMetadata(epoch=self._epoch, idle=output.total_num_scheduled_tokens == 0)
         meta.loads, self._loads = self._loads, []
+        meta.fresh = _fresh(output, self._block_size)
         if not self._settings.saves or not self._spaces:
             return meta
         for new in output.scheduled_new_reqs:
@@ -339,6 +340,19 @@ class SchedulerHalf:
 
     def _parent(self, keys: bytes, page: int) -> bytes:
         return keys[(page - 1) * KEY_BYTES : page * KEY_BYTES] if page else b""
+
+
+def _fresh(output: Any, block_size: int) -> list[int]:
+    """Blocks that requests were given for this step and that it computes; what was computed before lies in others."""
+    fresh: list[int] = []
+    for new in output.scheduled_new_reqs:
+        for blocks in new.block_ids:
+            fresh += blocks[new.num_computed_tokens // block_size :]
+    cached = output.scheduled_cached_reqs
+    for name, more, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+        for blocks in more or ():
+            fresh += blocks[computed // block_size :] if name in cached.resumed_req_ids else blocks
+    return fresh
 
 
 def _lookup(request: Any, group: int) -> str:

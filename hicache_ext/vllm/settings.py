@@ -21,7 +21,9 @@ class Options(BaseModel):
 
     load_timeout: seconds after which a page that has not arrived is recomputed.
     lookup_timeout: seconds that a request waits for a server to say what it holds.
-    save_bytes: memory for pages on their way to the first tier; beyond it pages are not stored.
+    save_bytes: memory for pages on their way to the first tier; beyond it pages are not stored (on a GPU: wait, as long
+    as nobody else needs their blocks).
+    load_bytes: on a GPU, pinned memory for pages on their way to their blocks.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,6 +31,7 @@ class Options(BaseModel):
     load_timeout: float = Field(default=10.0, gt=0)
     lookup_timeout: float = Field(default=1.0, gt=0)
     save_bytes: ByteSize = Field(default=ByteSize(256 << 20), ge=1 << 20)
+    load_bytes: ByteSize = Field(default=ByteSize(256 << 20), ge=1 << 20)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,12 @@ from hicache_ext.config import Config
 from hicache_ext.page import Namespace, chain_parents
 from hicache_ext.store.copies import CopyBudget
 from hicache_ext.vllm import packing
+from hicache_ext.vllm.blocks import UnsupportedLayout
+from hicache_ext.vllm.device_blocks import DeviceBlocks, shared_blocks
 from hicache_ext.vllm.pages import Pages
 from storage_backends.base import Outcome, PageBatch
 
-#: Kernels that keep K and V of a token side by side in a block's content, and how else they are laid out in strides.
+#: Kernels that keep K and V as they are computed, wherever in a block.
 _SIDE_BY_SIDE = frozenset({"FLASH_ATTN", "TRITON_ATTN", "FLASHINFER"})
 _PACKED = frozenset({"CPU_ATTN"})
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -82,7 +84,7 @@ class SharedBlocks:
 
 def shared(
     config: Config, vllm_config: Any, spec: Any, tensors: Mapping[str, Any], layers: Mapping[str, Any], tp_rank: int
-) -> tuple[SharedBlocks, Namespace]:
+) -> tuple[SharedBlocks | DeviceBlocks, Namespace]:
     """The blocks of this worker as canonical pages, and their namespace. layers: vLLM's attention layers by name, those
     of `tensors`. Raises Unshared."""
     model = vllm_config.model_config
@@ -111,24 +113,49 @@ def shared(
     shape = Shape(
         "mha", len(names), numbers[order[0]], int(spec.num_kv_heads), int(spec.head_size), dtype, config.share_page
     )
-    planes = planes_of([tensors[name] for name in names], [layers[name] for name in names], shape)
     shard = canonical.heads_shard(
         tp_rank, int(vllm_config.parallel_config.tensor_parallel_size), canonical.kv_heads(described)
     )
     weights = f"revision:{config.model.revision}" if config.model.revision else fingerprint.weights_of(path)
     space = canonical.namespace(config, path, weights, shape, shard)
-    return SharedBlocks(shape, planes, block_size, CopyBudget(_STAGING_BYTES)), space
+    ordered, kernels = [tensors[name] for name in names], [layers[name] for name in names]
+    if first.device.type == "cpu":
+        planes = planes_of(ordered, kernels, shape)
+        return SharedBlocks(shape, planes, block_size, CopyBudget(_STAGING_BYTES)), space
+    used = _kernels(kernels)
+    if not used <= _SIDE_BY_SIDE:
+        raise Unshared(f"the blocks of {', '.join(sorted(used))} are not known")
+    try:
+        return shared_blocks([halves(tensor, shape) for tensor in ordered], shape, block_size), space
+    except UnsupportedLayout as error:
+        raise Unshared(str(error)) from error
+
+
+def halves(tensor: Any, shape: Shape) -> list[Any]:
+    """K and V of a layer's KV tensor as [blocks, tokens, heads, dim], in place. Raises Unshared.
+
+    The tensor is [blocks, heads, tokens, K then V] (vLLM 0.32), or has K and V apart: [blocks, 2, tokens, heads, dim]
+    (0.25), or before the blocks (older ones). Strides are as they may be.
+    """
+    dims = tuple(tensor.shape)
+    if len(dims) == 4 and dims[1] == shape.heads and dims[3] == 2 * shape.dim:
+        view = tensor.permute(0, 2, 1, 3)
+        return [view[..., : shape.dim], view[..., shape.dim :]]
+    if len(dims) == 5 and dims[3:] == (shape.heads, shape.dim) and (dims[0] == 2) != (dims[1] == 2):
+        return list(tensor.unbind(1 if dims[1] == 2 else 0))
+    raise Unshared(f"blocks of shape {dims[1:]} are not known")
+
+
+def _kernels(layers: Sequence[Any]) -> set[str]:
+    return {layer.get_attn_backend().get_name() for layer in layers}
 
 
 def planes_of(tensors: Sequence[Any], layers: Sequence[Any], shape: Shape) -> Planes:
-    """Of each layer's KV tensor, [blocks, heads, tokens, content]. Raises Unshared for what nobody knows to read."""
-    for tensor in tensors:
-        if tensor.dim() != 4 or tensor.shape[1] != shape.heads or tensor.shape[3] != 2 * shape.dim:
-            raise Unshared(f"blocks of shape {tuple(tensor.shape[1:])} are not known")
-    kernels = {layer.get_attn_backend().get_name() for layer in layers}
+    """Of each layer's KV tensor in host memory. Raises Unshared for what nobody knows to read."""
+    views = [halves(tensor, shape) for tensor in tensors]
+    kernels = _kernels(layers)
     if kernels <= _SIDE_BY_SIDE:
-        views = [tensor.permute(0, 2, 1, 3) for tensor in tensors]
-        return canonical.Strided([[view[..., : shape.dim], view[..., shape.dim :]] for view in views])
+        return canonical.Strided(views)
     if kernels <= _PACKED:
         tokens = int(tensors[0].shape[2])
         if not all(tensor.is_contiguous() for tensor in tensors):
@@ -166,7 +193,12 @@ def _check(vllm_config: Any) -> None:
 
 def _check_content(spec: Any) -> None:
     """A block is K and V of every head, dense, of every token."""
-    packed = spec.state_content_bytes is not None or spec.num_head_slots is not None or spec.tokens_per_state != 1
+    packed = (
+        getattr(spec, "state_content_bytes", None) is not None
+        or getattr(spec, "num_head_slots", None) is not None
+        or getattr(spec, "tokens_per_state", 1) != 1
+        or str(getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE")) != "NONE"
+    )
     if type(spec).__name__ != "FullAttentionSpec" or packed or int(spec.head_size) != int(spec.head_size_v):
         raise Unshared(f"blocks of {type(spec).__name__} with other contents than K and V of equal width")
 

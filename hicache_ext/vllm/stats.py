@@ -24,6 +24,7 @@ HELP = {
     "load_bytes": "Bytes loaded.",
     "load_us": "Microseconds of loads, from start to end.",
     "load_batches": "Loads.",
+    "load_device_us": "Microseconds of copies to blocks on a GPU.",
     "save_hit": "Pages stored, or found there.",
     "save_miss": "Pages of a write that ended as a miss.",
     "save_corrupt": "Pages of a write that ended as corrupt.",
@@ -34,7 +35,8 @@ HELP = {
     "save_bytes": "Bytes stored.",
     "save_us": "Microseconds of saves, from copy to stored.",
     "save_batches": "Saves.",
-    "save_copy_us": "Microseconds of the forward's thread, copying blocks to be stored.",
+    "save_copy_us": "Microseconds of the forward's thread, copying blocks to be stored, or having them copied.",
+    "save_device_us": "Microseconds of copies from blocks on a GPU.",
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-OLDEST = (0, 32)
+OLDEST = (0, 25)
 NEWEST = (0, 32)
 
 

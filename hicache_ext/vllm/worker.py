@@ -1,11 +1,10 @@
 """The worker's half: pages from the tiers into blocks, and from blocks into the tiers, beside the forward.
 
 Belongs here: loads and saves of one worker, and what became of them. Does not belong here: which pages (scheduler), or
-where blocks are (blocks).
+how bytes move (moves, device_moves).
 
-A load has a deadline and goes through memory of the store's own, so nothing is written into a block after the request
-was told. A save copies the blocks before the step ends, within a limit, so nothing reads a block that vLLM has given to
-somebody else; whatever finds no room is not stored. Nothing here raises into the forward.
+A load has a deadline, and nothing is written into a block after its request was told. Nothing reads a block any more
+once somebody else writes into it. Nothing here raises into the forward.
 """
 
 from __future__ import annotations
@@ -14,21 +13,18 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from hicache_ext.page import Namespace
 from hicache_ext.store import TieredStore
-from hicache_ext.store.copies import CopyBudget
 from hicache_ext.store.inject import FaultyStore
-from hicache_ext.vllm.blocks import Blocks
 from hicache_ext.vllm.identity import at_epoch
 from hicache_ext.vllm.metadata import StepMetadata, WorkerReport
+from hicache_ext.vllm.moves import Moves
 from hicache_ext.vllm.pages import Pages
 from hicache_ext.vllm.settings import Settings
-from hicache_ext.vllm.sharing import SharedBlocks
-from storage_backends.base import CLOSE_SECONDS, Completion, Notes, Outcome, PageBatch, Residency
+from storage_backends.base import CLOSE_SECONDS, Notes, Outcome, Residency
 
 logger = logging.getLogger(__name__)
 
@@ -38,23 +34,25 @@ _IDLE_SECONDS = 0.002
 #: Changes on servers that wait for the next step; older ones are forgotten, and what they say is not announced.
 _CHANGES = 1 << 14
 
+Count = Callable[[str, int], None]
+
 
 class WorkerHalf:
     """Called by vLLM's model runner, on its thread; completions come on the store's."""
 
     def __init__(
-        self, settings: Settings, store: TieredStore | FaultyStore, blocks: Sequence[Blocks | SharedBlocks],
+        self, settings: Settings, store: TieredStore | FaultyStore, moves: Callable[[Count], Moves],
         spaces: Sequence[Namespace], writes: bool, reports: bool = False,
     ) -> None:  # fmt: skip
-        """blocks, spaces: of each group. writes: whether this rank stores pages; several may hold the same bytes.
+        """moves: made with where statistics are counted. spaces: of each group. writes: whether this rank stores pages;
+        several may hold the same bytes.
 
         reports: whether the scheduler wants to hear of pages on servers; where it is in this process it hears the store
         itself, and `report` says nothing.
         """
-        self._settings, self._store, self._blocks, self._told = settings, store, tuple(blocks), tuple(spaces)
+        self._settings, self._store, self._told = settings, store, tuple(spaces)
         self._spaces, self._epoch = self._told, ""
         self._writes = writes
-        self._copies = CopyBudget(int(settings.options.save_bytes))
         self._cond = threading.Condition()
         self._loading: Counter[str] = Counter()  # by request: of several groups, several
         self._saving = 0
@@ -64,6 +62,7 @@ class WorkerHalf:
         self._counts: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
         self._changes: deque[tuple[int, Residency, bytes, bytes, Notes | None]] = deque(maxlen=_CHANGES)
+        self._moves = moves(self._count)
         if reports:
             store.on_residency(self._heard)
 
@@ -81,33 +80,18 @@ class WorkerHalf:
         with self._cond:
             self._loading.update(pages.request for pages in meta.loads)
         for pages in meta.loads:
-            since = time.monotonic()
-            batch = None
+            loaded = partial(self._loaded, pages, time.monotonic())
             try:
-                batch = self._blocks[pages.group].incoming(self._spaces[pages.group], pages)
-                if batch is None:
-                    sent = Completion.finished(pages.count, Outcome.REJECTED)
-                else:
-                    sent = self._store.read(batch, deadline)
+                self._moves.load(pages, self._spaces[pages.group], deadline, loaded)
             except Exception:
                 logger.exception("hicache_ext: a load could not be started; its pages are recomputed")
-                sent = Completion.finished(pages.count, Outcome.FAILED)
-            sent.on_done(partial(self._loaded, pages, batch, since))
+                loaded(pages.blocks, bytes([Outcome.FAILED]) * pages.count)
         if meta.idle:
             with self._cond:
                 if self._loading and not self._arrived:
                     self._cond.wait(_IDLE_SECONDS)
 
-    def _loaded(self, pages: Pages, batch: PageBatch | None, since: float, done: Completion) -> None:
-        bad: Sequence[int] = pages.blocks
-        outcomes: bytes | bytearray = done.outcomes
-        if batch is not None:
-            try:
-                bad = self._blocks[pages.group].arrived(pages, batch, outcomes)
-            except Exception:
-                logger.exception("hicache_ext: loaded pages could not be put into their blocks; they are recomputed")
-                outcomes = bytes([Outcome.FAILED]) * pages.count
-            self._blocks[pages.group].release(batch)
+    def _loaded(self, pages: Pages, since: float, bad: Sequence[int], outcomes: bytes) -> None:
         with self._cond:
             self._invalid.update(bad)
             if bad:
@@ -117,7 +101,7 @@ class WorkerHalf:
                 del self._loading[pages.request]
                 self._arrived.add(pages.request)
             self._account("load", outcomes, since)
-            self._counts["load_bytes"] += outcomes.count(Outcome.HIT) * self._bytes(pages)
+            self._counts["load_bytes"] += outcomes.count(Outcome.HIT) * self._bytes(pages.group)
             self._cond.notify_all()
 
     def finished_loads(self) -> tuple[set[str], set[int], set[str]]:
@@ -135,40 +119,31 @@ class WorkerHalf:
     def save(self, meta: StepMetadata) -> None:
         """Copy this step's pages out of their blocks, and store the copies in the background."""
         self._follow(meta.epoch)
-        if not self._writes:
+        if not self._writes or not meta.saves:
             return
-        for pages in meta.saves:
-            try:
-                self._save(pages)
-            except Exception:
-                logger.exception("hicache_ext: pages could not be stored")
-                self._count("save_failed", pages.count)
-
-    def _save(self, pages: Pages) -> None:
-        since = time.monotonic()
-        copy = self._blocks[pages.group].outgoing(self._spaces[pages.group], pages, self._copies)
-        if copy is None:
-            self._count("save_no_room", pages.count)
-            return
-        if pages.notes is not None:
-            copy = replace(copy, tokens=pages.notes.tokens, event_hashes=pages.notes.hashes)
         with self._cond:
-            self._saving += 1
-            self._counts["save_copy_us"] += int((time.monotonic() - since) * 1e6)
-
-        def stored(done: Completion) -> None:
-            self._copies.give(copy)
-            with self._cond:
-                self._saving -= 1
-                self._account("save", done.outcomes, since)
-                self._counts["save_bytes"] += done.outcomes.count(Outcome.HIT) * self._bytes(pages)
-                self._cond.notify_all()
-
+            self._saving += 1  # until all are counted
+        sent = 0
         try:
-            self._store.write(copy).on_done(stored)
+            sent = self._moves.save(meta.saves, self._spaces, partial(self._saved, time.monotonic()))
         except Exception:
-            stored(Completion.finished(len(copy), Outcome.FAILED))
-            raise
+            logger.exception("hicache_ext: pages could not be stored")
+        with self._cond:
+            self._saving += sent - 1
+            self._cond.notify_all()
+
+    def make_way(self, meta: StepMetadata) -> None:
+        """Before this step's forward: it writes into blocks that had other pages before."""
+        self._moves.make_way(meta.fresh)
+
+    def _saved(self, since: float, group: int, outcomes: bytes, dropped: int) -> None:
+        with self._cond:
+            self._saving -= len(outcomes) + dropped
+            self._counts["save_no_room"] += dropped
+            if outcomes:
+                self._account("save", outcomes, since)
+            self._counts["save_bytes"] += outcomes.count(Outcome.HIT) * self._bytes(group)
+            self._cond.notify_all()
 
     # ---- the rest
 
@@ -197,20 +172,21 @@ class WorkerHalf:
         """Wait, not for ever, until nothing is on its way: blocks and copies are free then."""
         with self._cond:
             self._cond.wait_for(lambda: not (self._loading or self._saving), CLOSE_SECONDS)
+        self._moves.close()
 
     def _follow(self, epoch: str) -> None:
         if epoch != self._epoch:
             self._epoch, self._spaces = epoch, tuple(at_epoch(space, epoch) for space in self._told)
 
-    def _bytes(self, pages: Pages) -> int:
-        """Of one of these pages."""
-        return self._told[pages.group].layout.payload_bytes
+    def _bytes(self, group: int) -> int:
+        """Of a page."""
+        return self._told[group].layout.payload_bytes
 
     def _count(self, name: str, number: int) -> None:
         with self._cond:
             self._counts[name] += number
 
-    def _account(self, what: str, outcomes: bytes | bytearray, since: float) -> None:
+    def _account(self, what: str, outcomes: bytes, since: float) -> None:
         for outcome in Outcome:
             if number := outcomes.count(outcome):
                 self._counts[f"{what}_{outcome.name.lower()}"] += number

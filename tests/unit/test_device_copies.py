@@ -7,8 +7,6 @@ process loads one driver. On a GPU: tests/gpu/test_linker.py.
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import stand_in
+
 pytest.importorskip("torch")
 pytest.importorskip("hicache_ext._cuda", reason="not built")
 
 ROOT = Path(__file__).parents[2]
-COMPILER = shutil.which("cc") or shutil.which("gcc")
 
 HEAD = """
     import ctypes, logging, os, sys, threading
@@ -208,48 +207,10 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if COMPILER is None:
-        pytest.skip("no C compiler")
-    made = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    command = [COMPILER, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", made]
-    subprocess.run([*command, ROOT / "tests" / "stand_in_driver.c"], check=True, timeout=60)
-    return made
-
-
-#: Torch is imported once; each case is a child that loads the driver for itself.
-RUNNER = """
-import json, os, sys, traceback
-import torch
-cases, folder = json.loads(open(sys.argv[2]).read()), os.path.dirname(sys.argv[2])
-for number, script in enumerate(cases):
-    child = os.fork()
-    if child == 0:
-        out = os.open(f"{folder}/{number}.out", os.O_WRONLY | os.O_CREAT)
-        os.dup2(out, 1), os.dup2(out, 2)
-        try:
-            exec(script, {"__name__": "__main__"})
-        except BaseException:
-            traceback.print_exc()
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(1)
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(0)
-    os.waitpid(child, 0)
-"""
-
-
-@pytest.fixture(scope="module")
-def said(driver: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each case printed."""
-    folder = tmp_path_factory.mktemp("cases")
-    scripts = folder / "cases.json"
-    scripts.write_text(json.dumps([textwrap.dedent(HEAD) + textwrap.dedent(script) for script, _ in CASES.values()]))
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, driver, scripts], capture_output=True, text=True, timeout=240, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return {name: (folder / f"{number}.out").read_text() for number, name in enumerate(CASES)}
+    scripts = {name: textwrap.dedent(HEAD) + textwrap.dedent(script) for name, (script, _) in CASES.items()}
+    return stand_in.run(tmp_path_factory.mktemp("cases"), scripts)
 
 
 @pytest.mark.parametrize("name", CASES)

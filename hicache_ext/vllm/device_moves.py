@@ -1,0 +1,108 @@
+"""Pages between blocks on a device and the store: pinned slots, two threads, and the copies between slots and blocks.
+
+Belongs here: putting these together. Does not belong here: loading (device_loads), saving (device_saves), addresses
+(device_blocks).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+from hicache_ext.device.copies import choose
+from hicache_ext.page import Namespace
+from hicache_ext.store import TieredStore
+from hicache_ext.store.inject import FaultyStore
+from hicache_ext.vllm.device_blocks import DeviceBlocks
+from hicache_ext.vllm.device_loads import DeviceLoads
+from hicache_ext.vllm.device_saves import DeviceSaves
+from hicache_ext.vllm.moves import Loaded, Saved
+from hicache_ext.vllm.pages import Pages
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceMoves:
+    """As Moves. copies: what copies, for people."""
+
+    def __init__(
+        self, store: TieredStore | FaultyStore, blocks: Sequence[DeviceBlocks], spaces: Sequence[Namespace],
+        load_bytes: int, save_bytes: int, count: Callable[[str, int], None], mark: Callable[[], Any] | None = None,
+    ) -> None:  # fmt: skip
+        """blocks, spaces: of each group. load_bytes, save_bytes: pinned memory for each direction. count: of a
+        statistic by name. mark: an event (`synchronize`) of all that the device was given so far, by this thread."""
+        device = blocks[0].planes[0].buffer.device
+        self._count, self._mark = count, mark or _marker(device)
+        self._staging = [
+            [
+                one.staging(space.layout, size // len(blocks), device.type == "cuda")
+                for one, space in zip(blocks, spaces, strict=True)
+            ]
+            for size in (load_bytes, save_bytes)
+        ]
+        every = [staging for side in self._staging for staging in side]
+        if device.type == "cuda" and (why := next((staging.not_pinned for staging in every if staging.not_pinned), "")):
+            logger.warning(
+                "hicache_ext: memory for pages on their way is not pinned (%s): copies go through the driver's own, "
+                "and wait", why,
+            )  # fmt: skip
+        sides = [[one.slots(staging) for one, staging in zip(blocks, side, strict=True)] for side in self._staging]
+        named = {str(group): one for group, one in enumerate(blocks)}
+        into, out = choose(named, [{str(group): slots for group, slots in enumerate(side)} for side in sides])
+        self.copies = into.name
+        for staging in every:
+            store.register_memory(staging.address, staging.size)
+        self._loads = DeviceLoads(store, blocks, sides[0], into, count)
+        self._saves = DeviceSaves(store, blocks, sides[1], out, count)
+
+    def load(self, pages: Pages, space: Namespace, deadline: float, loaded: Loaded) -> None:
+        # A save of these blocks may be under way, and kernels of whoever had them before.
+        self._saves.make_way(pages.blocks)
+        self._loads.put(pages, space, self._mark(), deadline, loaded)
+
+    def save(self, pages: Sequence[Pages], spaces: Sequence[Namespace], saved: Saved) -> int:
+        since, sent = time.monotonic(), 0
+        ready = self._mark()
+        for group, some in groupby(sorted(pages, key=lambda one: one.group), lambda one: one.group):
+            found = list(some)
+            try:
+                sent += self._saves.put(found, spaces[group], ready, saved)
+            except Exception:
+                logger.exception("hicache_ext: pages could not be stored")
+                self._count("save_failed", sum(one.count for one in found))
+        self._count("save_copy_us", int((time.monotonic() - since) * 1e6))
+        return sent
+
+    def make_way(self, blocks: Sequence[int]) -> None:
+        self._saves.make_way(blocks)
+
+    def close(self) -> None:
+        self._loads.close()
+        self._saves.close()
+        for side in self._staging:
+            for staging in side:
+                staging.close()
+
+
+class _Nothing:
+    """Of a device that is host memory: whatever was asked of it has happened."""
+
+    def synchronize(self) -> None: ...
+
+
+def _marker(device: Any) -> Callable[[], Any]:
+    if device.type == "cpu":
+        return _Nothing
+    import torch
+
+    module = torch.get_device_module(device)
+
+    def mark() -> Any:
+        event = module.Event(blocking=True)  # whoever waits leaves the processor alone
+        event.record(module.current_stream(device))
+        return event
+
+    return mark

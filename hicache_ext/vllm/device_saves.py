@@ -1,0 +1,223 @@
+"""Saves from blocks on a device: from the blocks into slots, and from the slots to the tiers, on one thread.
+
+Belongs here: when blocks are read, and until when they may be. Does not belong here: which pages (scheduler), or how
+they are copied (hicache_ext.device).
+
+A step's pages are copied once the device has computed them, and the forward does not wait for that. vLLM may meanwhile
+give their blocks to somebody else, and tells which ones before a step writes into them (`make_way`): what has not been
+copied by then is not stored, and a part that is being copied at that moment is waited for, which takes a millisecond.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hicache_ext.device.copies import Copies, Part
+from hicache_ext.page import KEY_BYTES, Namespace, chain_parents
+from hicache_ext.store import TieredStore
+from hicache_ext.store.inject import FaultyStore
+from hicache_ext.vllm.device_blocks import DeviceBlocks, UnitSlots
+from hicache_ext.vllm.moves import Saved
+from hicache_ext.vllm.pages import Pages
+from storage_backends.base import Completion, Notes, Outcome
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a page waits for a slot: the tiers are slower than the device for so long.
+_SLOT_SECONDS = 30.0
+_LOOK_SECONDS = 0.1
+
+Count = Callable[[str, int], None]
+
+
+@dataclass(eq=False)
+class _Save:
+    """Pages of one group, each key once. units: int64[pages, units of a page]. blocks: of each. ready: an event of the
+    device after which they may be read. first: pages before it are copied. dropped: nothing more of it may be read."""
+
+    group: int
+    space: Namespace
+    keys: bytes
+    parents: bytes
+    units: NDArray[np.int64]
+    blocks: NDArray[np.int64]
+    notes: Notes | None
+    ready: Any
+    ended: Saved
+    first: int = 0
+    dropped: bool = False
+
+    def __len__(self) -> int:
+        return len(self.keys) // KEY_BYTES
+
+
+class DeviceSaves:
+    """One for each worker."""
+
+    def __init__(
+        self, store: TieredStore | FaultyStore, blocks: Sequence[DeviceBlocks], slots: Sequence[UnitSlots],
+        copies: Copies, count: Count,
+    ) -> None:  # fmt: skip
+        """blocks, slots: of each group. count: of a statistic by name."""
+        self._store, self._blocks, self._slots, self._copies, self._count = store, blocks, slots, copies, count
+        self._saves: deque[_Save] = deque()  # the first is being worked on
+        self._copying: NDArray[np.int64] | None = None
+        self._cond = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="hicache-vllm-save", daemon=True)
+        self._thread.start()
+
+    def put(self, pages: Sequence[Pages], space: Namespace, ready: Any, ended: Saved) -> int:
+        """Store these pages of one group, of any requests, once `ready` has happened; how many they are. Never blocks.
+
+        A page that several requests have is stored once.
+        """
+        save = self._of(pages, space, ready, ended)
+        with self._cond:
+            self._saves.append(save)
+            self._cond.notify_all()
+        return len(save)
+
+    def make_way(self, numbers: Sequence[int]) -> None:
+        """The device is about to write into these blocks: nothing reads them any more when this returns."""
+        if not self._saves or not numbers:
+            return
+        taken = np.asarray(numbers, np.int64)
+        with self._cond:
+            for save in self._saves:
+                if not save.dropped and np.isin(save.blocks[save.first :], taken).any():
+                    save.dropped = True
+            self._cond.notify_all()
+            while self._copying is not None and np.isin(self._copying, taken).any():
+                self._cond.wait()
+
+    def close(self) -> None:
+        """No block is read any more when this returns."""
+        with self._cond:
+            self._closing = True
+            self._cond.notify_all()
+        self._thread.join()
+
+    def _of(self, pages: Sequence[Pages], space: Namespace, ready: Any, ended: Saved) -> _Save:
+        group = pages[0].group
+        blocks = self._blocks[group]
+        keys = b"".join(one.keys for one in pages)
+        parents = b"".join(chain_parents(one.keys, one.parent) for one in pages)
+        units = np.concatenate([blocks.units(one) for one in pages])
+        numbers = np.concatenate([blocks.blocks_in(one) for one in pages])
+        notes = _joined([one.notes for one in pages], [one.count for one in pages])
+        if len(pages) > 1:
+            where = {keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in reversed(range(len(units)))}
+            if len(where) < len(units):
+                rows = sorted(where.values())
+                keys, parents = (
+                    b"".join(packed[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in rows) for packed in (keys, parents)
+                )
+                units, numbers = units[rows], numbers[rows]
+                notes = None if notes is None else notes.only(rows)
+        return _Save(group, space, keys, parents, units, numbers, notes, ready, ended)
+
+    # --- the thread
+
+    def _work(self) -> None:
+        while True:
+            with self._cond:
+                self._cond.wait_for(lambda: self._saves or self._closing)
+                if self._closing:
+                    for save in self._saves:
+                        save.ended(save.group, b"", len(save) - save.first)
+                    return
+                save = self._saves[0]
+            try:
+                self._run(save)
+            except Exception:
+                logger.exception("hicache_ext: pages could not be stored")
+            with self._cond:
+                self._saves.popleft()
+            if save.first < len(save):
+                save.ended(save.group, b"", len(save) - save.first)
+
+    def _run(self, save: _Save) -> None:
+        slots = self._slots[save.group]
+        save.ready.synchronize()
+        while save.first < len(save):
+            last = min(save.first + slots.staging.part, len(save))
+            taken = self._take(save, last - save.first)
+            if taken is None:
+                return
+            rows = slice(save.first, last)
+            try:
+                if not self._copy(save, rows, slots.units(taken)):
+                    slots.staging.give(taken)
+                    return
+            except BaseException:
+                slots.staging.give(taken)
+                raise
+            self._send(save, rows, taken)
+
+    def _take(self, save: _Save, count: int) -> list[int] | None:
+        staging, until = self._slots[save.group].staging, time.monotonic() + _SLOT_SECONDS
+        while not save.dropped and not self._closing and time.monotonic() < until:
+            if (taken := staging.take(count, _LOOK_SECONDS)) is not None:
+                return taken
+        return None
+
+    def _copy(self, save: _Save, rows: slice, slots: NDArray[np.int64]) -> bool:
+        """Whether these pages could still be copied."""
+        with self._cond:
+            if save.dropped:
+                return False
+            self._copying, save.first = save.blocks[rows], rows.stop
+        since = time.monotonic()
+        try:
+            self._copies.store(Part(str(save.group), slots.ravel(), save.units[rows].ravel()))
+        except BaseException:
+            save.first = rows.start
+            raise
+        finally:
+            with self._cond:
+                self._copying = None
+                self._cond.notify_all()
+        self._count("save_device_us", int((time.monotonic() - since) * 1e6))
+        return True
+
+    def _send(self, save: _Save, rows: slice, taken: list[int]) -> None:
+        staging = self._slots[save.group].staging
+        keys, parents = (packed[rows.start * KEY_BYTES : rows.stop * KEY_BYTES] for packed in (save.keys, save.parents))
+        batch = staging.batch(save.space, keys, parents, taken)
+        if save.notes is not None:
+            batch = replace(batch, tokens=save.notes.tokens[rows], event_hashes=save.notes.hashes[rows])
+        try:
+            done = self._store.write(batch)
+        except Exception:
+            logger.exception("hicache_ext: pages could not be stored")
+            done = Completion.finished(len(taken), Outcome.FAILED)
+        done.on_done(partial(_stored, save, staging.give, taken))
+
+
+def _stored(save: _Save, give: Callable[[list[int]], None], taken: list[int], done: Completion) -> None:
+    give(taken)
+    save.ended(save.group, bytes(done.outcomes), 0)
+
+
+def _joined(notes: Sequence[Notes | None], counts: Sequence[int]) -> Notes | None:
+    """Of all these runs of pages; a run of which nothing is known has hashes of 0."""
+    known = next((one for one in notes if one is not None), None)
+    if known is None:
+        return None
+    width = known.tokens.shape[1]
+    parts = [
+        one if one is not None else Notes(np.zeros((count, width), np.uint32), np.zeros((count, 2), np.int64))
+        for one, count in zip(notes, counts, strict=True)
+    ]
+    return Notes(np.concatenate([one.tokens for one in parts]), np.concatenate([one.hashes for one in parts]))
