@@ -24,12 +24,12 @@ SGLANG_WHEELS := $(SGLANG_VERSIONS:%=build/sglang/%/.unpacked)
 # SGLang compiles its page hash with the ninja of this environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: venv vllm-env demo test test-gpu test-fast lint bench fuzz sanitize sglang-wheels clean
+.PHONY: venv vllm-env demo test test-gpu sanitize-gpu test-fast lint bench fuzz sanitize sglang-wheels clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: venv vllm-env test-gpu test-fast lint bench fuzz sanitize sglang-wheels clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: venv vllm-env test-gpu sanitize-gpu test-fast lint bench fuzz sanitize sglang-wheels clean"
 
 # ---- environment: three steps, each redone only when what it installs has changed
 
@@ -106,6 +106,20 @@ GPU_PYTHON ?= $(BIN)/python
 
 test-gpu:
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
+
+# Every access of our kernels under compute-sanitizer, with torch's allocator out of the way and some bytes of nobody's after
+# each tensor, since the driver lays one beside the next; then a read past an end, which must be found. Errors that the driver reports and we handle do not count.
+SANITIZE_GPU := compute-sanitizer --error-exitcode 9 --report-api-errors no --print-limit 20
+SANITIZE_GPU_TESTS := tests/gpu/test_checksums.py tests/gpu/test_copies.py tests/gpu/test_linker.py
+memcheck_TESTS := checksums or whole_pages or unaligned or (every_way and (paged or strided) and (page_first- or page_head or canonical) and (odd or wide))
+racecheck_TESTS := more_chunks or known_value or flipped or (every_way and paged and page_first- and (odd or wide))
+
+sanitize-gpu: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+sanitize-gpu:
+	$(SANITIZE_GPU) --tool memcheck --padding 64 $(GPU_PYTHON) -m pytest -q -m gpu $(SANITIZE_GPU_TESTS) -k "$(memcheck_TESTS)"
+	$(SANITIZE_GPU) --tool racecheck $(GPU_PYTHON) -m pytest -q -m gpu $(SANITIZE_GPU_TESTS) -k "$(racecheck_TESTS)"
+	@found=$$($(SANITIZE_GPU) --tool memcheck --padding 64 $(GPU_PYTHON) -m tests.gpu.stray 2>&1); echo "$$found"; \
+	echo "$$found" | grep -q "Invalid __global__ read" || { echo "a read past the end was not found: nothing above means anything"; exit 1; }
 
 test-fast: venv
 	$(BIN)/python -m pytest -m "not gpu and not slow and not server and not sglang and not vllm" -q $(ARGS)

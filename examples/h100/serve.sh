@@ -40,7 +40,10 @@ tiers:
   - {type: local, path: /dev/shm/hicache-bench-serve, capacity: 40GiB}
 Y
 
+plot=()
+if $python -c 'import matplotlib' 2>/dev/null; then plot=(--plot "$results/serve-$matrix.png"); fi
+
 $python -m hicache_ext.cli.main bench serve --launch "$flags" "${subjects[@]}" "${lengths[@]}" \
   --tier none --tier device --tier host --tier local --requests "${REQUESTS:-1}" --new-tokens 8 --vocabulary 128000 \
   --dir "$work" --capacity 40GiB --disk "${DISK:-4GiB}" --kv-bytes 131072 --time-limit "${LIMIT:-470}" \
-  --json "$results/serve-$matrix.json" --plot "$results/serve-$matrix.png" | tee "$results/serve-$matrix.txt"
+  --json "$results/serve-$matrix.json" "${plot[@]}" | tee "$results/serve-$matrix.txt"
