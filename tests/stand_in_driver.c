@@ -9,8 +9,18 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_SUPPORTED = 801, NO_BINARY = 209 };
+enum {
+    OK = 0,
+    INVALID = 1,
+    OUT_OF_MEMORY = 2,
+    NO_CONTEXT = 201,
+    NO_BINARY = 209,
+    REGISTERED = 712,
+    NOT_REGISTERED = 713,
+    NOT_SUPPORTED = 801
+};
 
 struct range {
     uint64_t start, size;
@@ -22,6 +32,7 @@ static int count;
 
 /* What goes wrong: set from outside. */
 int stand_in_devices = 1, stand_in_refuses_pinning, stand_in_capturing, stand_in_memory = 1 << 30, stand_in_fails_copies;
+int stand_in_keeps_pinned;
 /* What was done. */
 long stand_in_copies;
 
@@ -41,8 +52,13 @@ int cuDeviceGetName(char* name, int length, int device) { return strncpy(name, "
 int cuDeviceGetAttribute(int* value, int attribute, int device) { return *value = attribute == 11 ? 1 << 30 : 9, OK; }
 int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = (void*)1, OK; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return OK; }
-int cuCtxPushCurrent_v2(void* context) { return OK; }
-int cuCtxPopCurrent_v2(void** context) { return *context = (void*)1, OK; }
+/* Once a thread has entered, as torch's do, only threads that have a context may unpin. */
+static int contexts;
+static __thread int current;
+int stand_in_enter(void) { return ++contexts, ++current, OK; }
+int cuCtxGetCurrent(void** context) { return *context = current ? (void*)1 : 0, OK; }
+int cuCtxPushCurrent_v2(void* context) { return context ? (++current, OK) : NO_CONTEXT; }
+int cuCtxPopCurrent_v2(void** context) { return --current, *context = (void*)1, OK; }
 int cuGetErrorName(int error, const char** name) {
     *name = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : error == 100 ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR";
     return OK;
@@ -87,12 +103,29 @@ int cuMemcpy2DAsync_v2(const struct copy_2d* c, void* stream) {
     return OK;
 }
 int cuMemHostRegister_v2(void* address, size_t bytes, unsigned flags) {
-    return stand_in_refuses_pinning ? OUT_OF_MEMORY : add((uint64_t)address, bytes, 1);
+    if (stand_in_refuses_pinning) return OUT_OF_MEMORY;
+    for (int i = 0; i < count; ++i)
+        if (ranges[i].kind == 1 && (uint64_t)address < ranges[i].start + ranges[i].size &&
+            ranges[i].start < (uint64_t)address + bytes)
+            return REGISTERED;
+    return add((uint64_t)address, bytes, 1);
 }
 int cuMemHostUnregister(void* address) {
-    for (int i = 0; i < count; ++i)
-        if (ranges[i].start == (uint64_t)address && ranges[i].kind == 1) return ranges[i] = ranges[--count], OK;
-    return INVALID;
+    if (contexts && !current) return NO_CONTEXT;
+    if (stand_in_keeps_pinned) return INVALID;
+    for (int i = 0; i < count; ++i) {
+        if (ranges[i].start != (uint64_t)address || ranges[i].kind != 1) continue;
+        /* The pages must be there still: whoever unmaps first leaves the driver with addresses of nobody's. */
+        unsigned char there;
+        if (mincore(address, 1, &there)) abort();
+        return ranges[i] = ranges[--count], OK;
+    }
+    return NOT_REGISTERED;
+}
+int stand_in_pinned(void) {
+    int pinned = 0;
+    for (int i = 0; i < count; ++i) pinned += ranges[i].kind == 1;
+    return pinned;
 }
 int cuPointerGetAttribute(void* value, int attribute, uint64_t address) {
     for (int i = 0; i < count; ++i) {

@@ -12,8 +12,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import mmap
+import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +32,10 @@ ALIGNMENT = 4096
 #: What is read or written, and copied, at once: small enough that tiers and copies work at the same time.
 PART_BYTES = 32 << 20
 _PORTABLE = 1
+_SUCCESS, _NOT_REGISTERED = 0, 713
+_RELAXED = 2
+
+_kept: list[mmap.mmap] = []
 
 
 def pin(address: int, size: int) -> str:
@@ -44,11 +51,31 @@ def pin(address: int, size: int) -> str:
     return f"cuMemHostRegister: error {result}" if result else ""
 
 
-def unpin(address: int) -> None:
-    try:
-        ctypes.CDLL("libcuda.so.1").cuMemHostUnregister(ctypes.c_void_p(address))
-    except (OSError, AttributeError):
-        pass
+def _context() -> int | None:
+    """The context that is current in this thread, for `_unpin` to come back to."""
+    context = ctypes.c_void_p()
+    ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+    return context.value
+
+
+def _unpin(memory: mmap.mmap, address: int, context: int | None, process: int) -> None:
+    """Unpin, from whatever thread lets go of the memory; kept for good where the driver does not let go of it.
+
+    The driver would go on taking the addresses for the pages that it pinned, whoever is given them next.
+    """
+    if os.getpid() != process:
+        return  # a forked child has neither the driver nor these pages
+    driver = ctypes.CDLL("libcuda.so.1")
+    mode, popped = ctypes.c_int(_RELAXED), ctypes.c_void_p()
+    pushed = driver.cuCtxPushCurrent_v2(ctypes.c_void_p(context)) == 0
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # another thread may be capturing a graph
+    result = driver.cuMemHostUnregister(ctypes.c_void_p(address))
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    if pushed:
+        driver.cuCtxPopCurrent_v2(ctypes.byref(popped))
+    if result not in (_SUCCESS, _NOT_REGISTERED):
+        _kept.append(memory)
+        logger.warning("hicache_ext: cuMemHostUnregister: error %s: %s bytes are never given back", result, len(memory))
 
 
 class Staging:
@@ -62,6 +89,12 @@ class Staging:
         self.address = self._memory.address
         self.size = self._memory.size
         self.not_pinned = pin(self.address, self.size) if pinned else "nothing asks for it"
+        if not self.not_pinned:
+            # However the memory goes, closed or dropped by whoever had a slot last: unpinned first, unmapped then.
+            self._unpin = weakref.finalize(
+                self._memory, _unpin, self._memory.map, self.address, _context(), os.getpid()
+            )
+            self._unpin.atexit = False
         lengths = np.array(layout.buffer_lengths, np.uint64)
         self._lengths, self._starts = lengths, np.cumsum(lengths) - lengths
         self._free = list(range(slots))
@@ -125,5 +158,5 @@ class Staging:
                 return
             memory, self._memory = self._memory, None
         if not self.not_pinned:
-            unpin(self.address)
+            self._unpin()
         memory.close()

@@ -27,6 +27,7 @@ HEAD = """
     def set(**values):
         for name, value in values.items():
             ctypes.c_int.in_dll(driver, "stand_in_" + name).value = value
+    driver.stand_in_enter()
     def copies():
         return ctypes.c_long.in_dll(driver, "stand_in_copies").value
     import numpy as np, torch
@@ -183,6 +184,45 @@ CASES = {
         print("and goes on")
         """,
         ["refused: page buffers that are not pinned cannot be part of a CUDA graph", "and goes on"],
+    ),
+    "slots dropped without a close": (
+        """
+        # By what another thread dropped last, and by the collector of cycles: no context is current there.
+        import gc
+        for turn in range(4):
+            case = open_case()
+            assert case.staging.not_pinned == "" and driver.stand_in_pinned() == 1
+            held = [case.staging.batch(None, b"", None, [0])]
+            del case.memory, case.reference, case.staging
+            if turn % 2:
+                held[0] = cycle = [held[0]]
+                cycle.append(cycle)
+                del cycle
+            assert driver.stand_in_pinned() == 1, "a page in use lost its pinning"
+            def drop():
+                held.pop(0)
+                globals().pop("held")
+                gc.collect()
+            thread = threading.Thread(target=drop)
+            thread.start(); thread.join()
+            assert driver.stand_in_pinned() == 0, "unmapped while the driver holds it"
+            del case
+        print("unpinned")
+        """,
+        ["unpinned"],
+    ),
+    "a driver that does not let go": (
+        """
+        case = open_case()
+        memory, address = case.staging._memory.map, case.staging.address
+        set(keeps_pinned=1)
+        del case.memory, case.reference
+        case.staging.close()
+        del case, memory
+        other = open_case()
+        assert other.staging.address != address, "memory that is pinned still went to another"
+        """,
+        ["said: hicache_ext: cuMemHostUnregister: error 1"],
     ),
     "a forked process": (
         """
