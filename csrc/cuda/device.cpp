@@ -78,6 +78,11 @@ void Device::load_kernels() {
 
 Function Device::copy_kernel(std::uint32_t vector_bytes) const { return copies_[__builtin_ctz(vector_bytes)]; }
 
+void Device::make_current() const {
+    if (!ours()) throw Unavailable("this process was forked after CUDA was opened");
+    check(api.context_push(context_), "entering the CUDA context");
+}
+
 const char* Device::kind_at(Address address, Address& range_end) const {
     range_end = 0;
     int type = 0;
@@ -146,6 +151,16 @@ void Device::crc32c(const std::uint64_t* addresses, const std::uint32_t* lengths
     check(api.stream_synchronize(stream), "checksums");
 }
 
+int current_ordinal() {
+    DeviceNumber current = 0, number = 0;
+    int devices = 0;
+    const Api& a = api();
+    if (a.context_device(&current) != kSuccess || a.device_count(&devices) != kSuccess) return -1;
+    for (int ordinal = 0; ordinal < devices; ++ordinal)
+        if (a.device_get(&number, ordinal) == kSuccess && number == current) return ordinal;
+    return -1;
+}
+
 DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, std::size_t bytes) : device_(std::move(device)) {
     Device::Entered entered(*device_);
     const Result result = device_->api.allocate(&address, bytes);
@@ -161,6 +176,25 @@ DeviceMemory::~DeviceMemory() {
         device_->api.free(address);  // waits for what uses it
     } catch (const std::exception&) {  // the driver is shutting down, and the memory with it
     }
+}
+
+OwnStream::OwnStream(std::shared_ptr<Device> device) : device_(std::move(device)) {
+    Device::Entered entered(*device_);
+    check(device_->api.stream_create(&handle, kStreamNonBlocking), "creating a stream");
+}
+
+OwnStream::~OwnStream() {
+    if (!device_->ours()) return;
+    try {
+        Device::Entered entered(*device_);
+        device_->api.stream_destroy(handle);
+    } catch (const std::exception&) {  // the driver is shutting down
+    }
+}
+
+void OwnStream::synchronize() const {
+    Device::Entered entered(*device_);
+    check(device_->api.stream_synchronize(handle), "waiting for a stream");
 }
 
 Events::Events(std::shared_ptr<Device> device, std::size_t count) : device_(std::move(device)) {

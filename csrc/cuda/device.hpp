@@ -44,6 +44,9 @@ class Device : public std::enable_shared_from_this<Device> {
     Function copy_kernel(std::uint32_t vector_bytes) const;
     Function checksum_kernel() const { return checksum_; }
 
+    /// The context is current in this thread from now on, for calls of others that go by that.
+    void make_current() const;
+
     /// "device", "pinned" (the device reaches it at the same address) or "pageable", for all of these bytes.
     /// Memory that changes kind within is what its worst part is.
     const char* memory_kind(Address address, std::size_t length) const;
@@ -71,6 +74,9 @@ class Device : public std::enable_shared_from_this<Device> {
     std::size_t scratch_bytes_ = 0;
 };
 
+/// Ordinal of the device whose context is current in this thread; -1: none is. Unavailable: no driver.
+int current_ordinal();
+
 /// Device memory that frees itself. Unavailable when the device has too little.
 class DeviceMemory {
   public:
@@ -80,6 +86,22 @@ class DeviceMemory {
     DeviceMemory& operator=(const DeviceMemory&) = delete;
 
     Address address = 0;
+
+  private:
+    std::shared_ptr<Device> device_;
+};
+
+/// A stream of our own, which waits for no other.
+class OwnStream {
+  public:
+    explicit OwnStream(std::shared_ptr<Device> device);
+    ~OwnStream();
+    OwnStream(const OwnStream&) = delete;
+    OwnStream& operator=(const OwnStream&) = delete;
+
+    void synchronize() const;
+
+    Stream handle = nullptr;
 
   private:
     std::shared_ptr<Device> device_;

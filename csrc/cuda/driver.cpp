@@ -34,6 +34,7 @@ const char* resolve(void* library, Api& a) {
     need("cuDevicePrimaryCtxRelease_v2", a.context_release);
     need("cuCtxPushCurrent_v2", a.context_push);
     need("cuCtxPopCurrent_v2", a.context_pop);
+    need("cuCtxGetDevice", a.context_device);
     need("cuGetErrorName", a.error_name);
     need("cuModuleLoadData", a.module_load);
     need("cuModuleUnload", a.module_unload);

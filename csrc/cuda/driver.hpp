@@ -77,6 +77,7 @@ struct Api {
     Result (*context_release)(DeviceNumber);
     Result (*context_push)(Context);
     Result (*context_pop)(Context*);
+    Result (*context_device)(DeviceNumber*);
     Result (*error_name)(Result, const char**);
     Result (*module_load)(Module*, const void*);
     Result (*module_unload)(Module);

@@ -14,6 +14,7 @@
 
 #include "device.hpp"
 #include "fatbin.hpp"
+#include "gds/module.hpp"
 #include "route.hpp"
 
 namespace nb = nanobind;
@@ -142,8 +143,17 @@ NB_MODULE(_cuda, m) {
                      "Why copy kernels cannot be used; empty when they can.")
         .def_prop_ro("batches", [](const Device& d) { return d.api.copy_batch_async != nullptr; },
                      "Whether the driver has cuMemcpyBatchAsync.")
+        .def("make_current", &Device::make_current,
+             "Its context is current in this thread from now on, for calls of others that go by that.")
         .def("memory_kind", &Device::memory_kind, nb::arg("address"), nb::arg("length"),
              nb::call_guard<nb::gil_scoped_release>())
+        .def("copy",
+             [](const Device& d, std::uint64_t to, std::uint64_t from, std::size_t bytes) {
+                 Device::Entered entered(d);
+                 check(d.api.copy(to, from, bytes), "copying");
+             },
+             nb::arg("to"), nb::arg("from_"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>(),
+             "Between any two kinds of memory; waits until it is there.")
         .def("capturing",
              [](const Device& d, std::uint64_t stream) {
                  Device::Entered entered(d);
@@ -164,6 +174,18 @@ NB_MODULE(_cuda, m) {
              nb::arg("blocks"));
     m.def("open", [](int ordinal) { return std::make_shared<Device>(ordinal); }, nb::arg("ordinal"),
           nb::call_guard<nb::gil_scoped_release>());
+
+    m.def("current_ordinal", &current_ordinal, "Of the device whose context is current in this thread; -1: none is.");
+
+    nb::class_<DeviceMemory>(m, "Memory", "Device memory, given back with this. Unavailable when there is too little.")
+        .def_ro("address", &DeviceMemory::address);
+    m.def("memory", [](std::shared_ptr<Device> d, std::size_t bytes) { return std::make_shared<DeviceMemory>(d, bytes); },
+          nb::arg("device"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>());
+
+    nb::class_<OwnStream>(m, "Stream", "A stream of our own, which waits for no other.")
+        .def_prop_ro("handle", [](const OwnStream& s) { return reinterpret_cast<std::uint64_t>(s.handle); })
+        .def("synchronize", &OwnStream::synchronize, nb::call_guard<nb::gil_scoped_release>());
+    m.def("stream", [](std::shared_ptr<Device> d) { return std::make_shared<OwnStream>(d); }, nb::arg("device"));
 
     nb::class_<Stage>(m, "Stage", "Device memory between a kernel and the copy engines.")
         .def_prop_ro("half_bytes", [](const Stage& s) { return s.half_bytes; });
@@ -220,4 +242,5 @@ NB_MODULE(_cuda, m) {
           nb::arg("a_token"), nb::arg("a_head"), nb::arg("b_token"), nb::arg("b_head"), nb::arg("to_b"),
           nb::arg("a_pages"), nb::arg("b_pages"), nb::arg("first"), nb::arg("planes"),
           "(from, to, bytes) of the copies that the copy engines are given.");
+    hicache::gds::bind(m);
 }
