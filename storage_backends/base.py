@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 8.0
 
 Buffers = list[memoryview]
+
+MemoryKind = Literal["host", "device"]
+"""Where a page's buffers lie: in memory that this process reads, or in that of a CUDA device."""
 
 
 class Outcome(IntEnum):
@@ -89,6 +92,8 @@ class Capabilities:
     alignment: address and length alignment (bytes) at which no bounce copy is needed; 1 = any memory will do.
     medium: name for KV events ("DISK", "EXTERNAL", "CPU").
     knows: `lookup` answers from this process's memory, and for all pages: it costs little and asks nobody.
+    memory: the kinds of memory that pages may come from and go to. Device memory is read and written outside of the
+    order of any stream: whoever filled it has waited for that, and whoever reads it does so after the completion.
     """
 
     persistent: bool
@@ -98,6 +103,7 @@ class Capabilities:
     alignment: int = 1
     medium: str = "EXTERNAL"
     knows: bool = False
+    memory: tuple[MemoryKind, ...] = ("host",)
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class PageBatch(KeyBatch):
     offsets[i]:offsets[i + 1]. owner keeps the memory alive until the batch's completion.
     tokens: uint32[n, page_size]; event_hashes: int64[n, 2] (hash, parent hash; 0 = unknown): kept with the page
     for KV events, None where the engine did not give them; see Notes. salt, lora: of all pages, as there. used: a read
-    counts as a use of the pages, for eviction; not so when they are read on their way out.
+    counts as a use of the pages, for eviction; not so when they are read on their way out. memory: of all buffers.
     """
 
     addresses: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
@@ -150,6 +156,7 @@ class PageBatch(KeyBatch):
     used: bool = True
     salt: str = ""
     lora: str = ""
+    memory: MemoryKind = "host"
 
     @property
     def notes(self) -> Notes | None:
@@ -185,6 +192,7 @@ class PageBatch(KeyBatch):
             self.used,
             self.salt,
             self.lora,
+            self.memory,
         )
 
 

@@ -82,10 +82,14 @@ def parse_subject(text: str) -> Subject:
     return Subject(name, path)
 
 
+#: Tiers on disks of this machine.
+_LOCAL = {"local", "gds"}
+
+
 def _storage_tiers(config: Path) -> set[Tier]:
     types = [tier.type for tier in Config.load(config).tiers]
-    found = {Tier.LOCAL} if "local" in types else set()
-    return found | ({Tier.REMOTE} if set(types) - {"local", "memory"} else set())
+    found = {Tier.LOCAL} if _LOCAL & set(types) else set()
+    return found | ({Tier.REMOTE} if set(types) - _LOCAL - {"memory"} else set())
 
 
 @dataclass
@@ -111,7 +115,7 @@ class Launched:
             self._made = [self.store]
         else:
             # A folder that was there before is the user's, and so is what it holds.
-            paths = [Path(tier.options["path"]) for tier in self._tiers() if tier.type == "local"]
+            paths = [Path(tier.options["path"]) for tier in self._tiers() if tier.type in _LOCAL]
             self._made = [path for path in paths if not path.exists()]
             self.store = paths[0] if paths else self.folder
         return self
@@ -145,7 +149,7 @@ class Launched:
 
     def forget_local(self) -> str:
         """Empty the local tiers, so that only a remote one has pages; or why that is not done."""
-        paths = [Path(tier.options["path"]) for tier in self._tiers() if tier.type == "local"]
+        paths = [Path(tier.options["path"]) for tier in self._tiers() if tier.type in _LOCAL]
         for path in paths:
             if path not in self._made:
                 return f"{path} was there before this run and is not emptied. Fix: name a new folder"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hicache_ext.config import Config, ConfigError, TierConfig, read_file
-from hicache_ext.doctor import engines, memory, server, share, shared_memory, sharing, software, tier
+from hicache_ext.doctor import engines, gds, memory, server, share, shared_memory, sharing, software, tier
 from hicache_ext.doctor.finding import Finding, error, ok
 from hicache_ext.doctor.isolation import Answer, Call, ask
 from storage_backends.local.engine import PREFERENCE
@@ -32,18 +32,20 @@ def checkup(config: Path | None = None, seconds: float = _SECONDS) -> list[Findi
     shares: list[share.SharePlace] = []
     regions: list[shared_memory.Place] = []
     servers: list[tuple[int, str]] = []
+    on_gpus: list[gds.Place] = []
     findings: list[Finding] = []
     if config is None:
         findings.append(ok("configuration", "none given: tiers are not checked (--config FILE)"))
     else:
         (known,) = ask([Call(partial(_places, config), seconds, _Places)])
-        places, shares, regions, servers = known.value or ([], [], [], [])
+        places, shares, regions, servers, on_gpus = known.value or ([], [], [], [], [])
     probes: list[tuple[str, Callable[[], Any], str]] = [
         ("software", software.probe, "python -m pip check"),
         ("memory", memory.probe, "cat /proc/self/status"),
         *[(f"{place.label}: path", partial(tier.probe, place), _HUNG_DISK) for place in places],
         *[(f"{place.label}: path", partial(share.probe, place), _HUNG_DISK) for place in shares],
         *[(f"{place.label}: memory", partial(shared_memory.probe, place), "cat /proc/meminfo") for place in regions],
+        *[(f"{place.label}: GPU", partial(gds.probe, place), "nvidia-smi") for place in on_gpus],
     ]
     if config is not None:
         probes.insert(0, ("configuration", partial(configuration, config), _HUNG_DISK))
@@ -73,30 +75,34 @@ def configuration(file: Path) -> list[Finding]:
     return [ok("configuration", f"{file}: valid; tiers, fast to slow: {tiers}"), *sharing.probe(config)]
 
 
-_Places = tuple[list[tier.Place], list[share.SharePlace], list[shared_memory.Place], list[tuple[int, str]]]
+_Places = tuple[
+    list[tier.Place], list[share.SharePlace], list[shared_memory.Place], list[tuple[int, str]], list[gds.Place]
+]
 
 
 def _places(file: Path) -> _Places:
-    """The local tiers, the shares, the tiers in memory and those with a server (number and name) of a file as far as it
-    can be understood; `configuration` says what is wrong with the rest."""
+    """The local tiers, the shares, the tiers in memory, those with a server (number and name) and those that reach GPUs
+    of a file as far as it can be understood; `configuration` says what is wrong with the rest."""
     disks: list[tier.Place] = []
     shares: list[share.SharePlace] = []
     regions: list[shared_memory.Place] = []
     servers: list[tuple[int, str]] = []
+    on_gpus: list[gds.Place] = []
     try:
         listed = read_file(file).get("tiers")
     except ConfigError:
-        return disks, shares, regions, servers
+        return disks, shares, regions, servers, on_gpus
     for number, values in enumerate(listed if isinstance(listed, list) else []):
         try:
             chosen = TierConfig.model_validate(values)
             disks += _disks(chosen)
             shares += _shares(chosen)
             regions += shared_memory.places(chosen)
+            on_gpus += gds.places(chosen)
             servers += [(number, chosen.label)] if server.has_server(chosen) else []
         except ValueError:
             continue
-    return disks, shares, regions, servers
+    return disks, shares, regions, servers, on_gpus
 
 
 def _shares(chosen: TierConfig) -> list[share.SharePlace]:

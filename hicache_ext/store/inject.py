@@ -25,7 +25,7 @@ import numpy as np
 from hicache_ext.page import Namespace
 from hicache_ext.store import NO_TIER, TieredStore
 from hicache_ext.store.tier import Tier
-from storage_backends.base import Completion, KeyBatch, Outcome, PageBatch
+from storage_backends.base import Completion, KeyBatch, MemoryKind, Outcome, PageBatch
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,16 @@ class FaultyStore:
     def clear(self, namespaces: Iterable[Namespace]) -> None:
         self.store.clear(namespaces)
 
-    def register_memory(self, address: int, length: int) -> None:
-        self.store.register_memory(address, length)
+    @property
+    def reads_to_device(self) -> int | None:
+        return self.store.reads_to_device
+
+    @property
+    def writes_from_device(self) -> bool:
+        return self.store.writes_from_device
+
+    def register_memory(self, address: int, length: int, memory: MemoryKind = "host") -> None:
+        self.store.register_memory(address, length, memory)
 
     def on_residency(self, listener: Any) -> None:
         self.store.on_residency(listener)

@@ -18,6 +18,7 @@ import numpy as np
 
 from hicache_ext.config import Config
 from hicache_ext.page import Namespace
+from hicache_ext.store import to_device
 from hicache_ext.store.behind import Behind
 from hicache_ext.store.demotion import Demotion
 from hicache_ext.store.flights import Flights
@@ -31,6 +32,7 @@ from storage_backends.base import (
     Completion,
     Dispatcher,
     KeyBatch,
+    MemoryKind,
     Notes,
     OptionError,
     Outcome,
@@ -178,6 +180,18 @@ class TieredStore:
             else:
                 self.behind[index].forget(namespace, part.key(page))
 
+    # -- device memory: see to_device ------------------------------------------------------------------------------
+
+    @property
+    def reads_to_device(self) -> int | None:
+        """Number of the tier whose pages can be read into device memory; None where there is none now."""
+        return to_device.reading_tier(self.tiers)
+
+    @property
+    def writes_from_device(self) -> bool:
+        """Whether pages in device memory can be written now."""
+        return to_device.can_write(self.tiers)
+
     # -- read ----------------------------------------------------------------------------------------------------
 
     def read(self, batch: PageBatch, deadline: float | None = None) -> Completion:
@@ -185,10 +199,14 @@ class TieredStore:
 
         deadline: time.monotonic() seconds by which every page has its outcome, late ones as TIMEOUT; such a read
         goes through memory of our own. None: read straight into the buffers and wait for the device. Cancelled, no
-        further tier is asked, and a read with a deadline ends at once.
+        further tier is asked, and a read with a deadline ends at once. Pages in device memory have no deadline, and
+        come from the one tier that `reads_to_device` names.
         """
         if self._closed:
             return Completion.finished(len(batch), Outcome.MISS)
+        if batch.memory == "device":
+            self._spaces[batch.namespace.digest] = batch.namespace
+            return to_device.read(self.tiers, self.behind, batch)
         result = Completion(len(batch), self._dispatcher)
         # A read with a deadline neither leads nor follows: a follower would wait for its leader, and a leader that
         # gives up in time would take its followers with it.
@@ -352,10 +370,13 @@ class TieredStore:
     def write(self, batch: PageBatch) -> Completion:
         """Store the pages in the first tier; an outcome per page. The buffers are free again at the completion.
 
-        Further tiers get copies in the background, by their rules, and have no part in the outcome.
+        Further tiers get copies in the background, by their rules, and have no part in the outcome. Pages in device
+        memory: where `writes_from_device` says so.
         """
         if self._closed:
             return Completion.finished(len(batch), Outcome.REJECTED)
+        if batch.memory == "device" and not self.writes_from_device:
+            raise ValueError("pages in device memory cannot be copied for further tiers, see writes_from_device")
         result = Completion(len(batch), self._dispatcher)
         pages = self._writing.begin(batch, result)
         if not pages:
@@ -406,10 +427,11 @@ class TieredStore:
             except NotImplementedError:
                 logger.warning("tier %s: cannot forget single namespaces; its pages stay", tier.name)
 
-    def register_memory(self, address: int, length: int) -> None:
-        """Tell every tier where the caller's pool lies."""
+    def register_memory(self, address: int, length: int, memory: MemoryKind = "host") -> None:
+        """Tell every tier that takes this kind of memory where the caller's pool lies."""
         for tier in self.tiers:
-            tier.backend.register_memory(address, length)
+            if memory in tier.backend.capabilities.memory:
+                tier.backend.register_memory(address, length)
 
     def on_residency(self, listener: StoreListener | None) -> None:
         """Who hears of stored and removed pages, of all tiers: what backends report, and what was seen on those that

@@ -31,11 +31,13 @@ from storage_backends.base import (
     ResidencyListener,
 )
 from storage_backends.local import options as local_options
+from storage_backends.local.engine import IoEngine
 from storage_backends.local.index_choice import open_index
 from storage_backends.local.news import News
 from storage_backends.local.options import LocalOptions
 from storage_backends.local.reads import Reads
 from storage_backends.local.room import Room
+from storage_backends.local.slots import SlotEngine, slot_engine
 from storage_backends.local.tier import Tier
 from storage_backends.local.writes import Writes
 
@@ -65,7 +67,7 @@ class LocalBackend(Backend):
         self._closed = False
         self._index = open_index(options.eviction)
         rules = options.rules()
-        tier = self._tier = Tier(options, dispatcher, self.report, self._index, rules)
+        tier = self._tier = Tier(options, dispatcher, self.report, self._index, rules, self._slots)
         self._disks, self._lock = tier.disks, tier.lock
         self._engine = self._disks.in_use[0].engine
         alignment = max(disk.direct.alignment for disk in self._disks.in_use)
@@ -81,6 +83,10 @@ class LocalBackend(Backend):
                 checksum.implementation(), self._index.name, len(self._index),
             )  # fmt: skip
         self._disks.start()
+
+    def _slots(self, engine: IoEngine) -> SlotEngine:
+        """What moves a disk's slots by `engine`. For every disk, whenever it comes into use."""
+        return slot_engine(engine)
 
     @property
     def _elsewhere(self) -> bool:
@@ -105,11 +111,13 @@ class LocalBackend(Backend):
     def read(self, batch: PageBatch) -> Completion:
         if self._elsewhere:
             return _settled(batch, Outcome.MISS)
+        self._check(batch)
         return self._reads.read(batch)
 
     def write(self, batch: PageBatch) -> Completion:
         if self._elsewhere:
             return _settled(batch, Outcome.REJECTED)
+        self._check(batch)
         return self._writes.write(batch)
 
     def remove(self, batch: KeyBatch) -> int:
@@ -233,6 +241,10 @@ class LocalBackend(Backend):
         self._closed = True
         if not self._disks.close(time.monotonic() + CLOSE_SECONDS - 1.0):
             logger.error("local tier: the device did not answer before the close; its files stay open")
+
+    def _check(self, batch: PageBatch) -> None:
+        if batch.memory not in self.capabilities.memory:
+            raise ValueError(f"this tier takes pages in {' and '.join(self.capabilities.memory)} memory alone")
 
     def _state(self) -> str:
         """Of the tier: the first disk that is not well."""

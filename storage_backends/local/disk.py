@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from storage_backends.local.extents import Extent, ExtentFiles
 from storage_backends.local.folder import YIELD_SECONDS, Folder
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.rules import Rules
-from storage_backends.local.slots import CancelFlag, SlotIo, slot_engine
+from storage_backends.local.slots import MEMORY_TROUBLE, CancelFlag, SlotEngine, SlotIo
 from storage_backends.local.supply import Supply
 from storage_backends.local.upkeep import Upkeep
 from storage_backends.local.writer import Writer
@@ -35,12 +35,13 @@ logger = logging.getLogger(__name__)
 #: Failed transfers in a row that put a disk out of use.
 FAILURES = 8
 #: Errors that say nothing about the disk's health.
-_HARMLESS = frozenset({errno.ECANCELED, errno.ENOSPC, errno.EDQUOT})
+_HARMLESS = frozenset({errno.ECANCELED, errno.ENOSPC, errno.EDQUOT, MEMORY_TROUBLE})
 
 
 @dataclass(frozen=True)
 class Around:
-    """What every disk of a tier is opened with. several: the tier has more than one, and may go on without this one."""
+    """What every disk of a tier is opened with. several: the tier has more than one, and may go on without this one.
+    slots: makes what moves slots out of what moves bytes."""
 
     index: AnyIndex
     rules: Rules
@@ -50,6 +51,7 @@ class Around:
     sqpoll: bool
     iopoll: bool
     several: bool
+    slots: Callable[[IoEngine], SlotEngine]
     metadata: Path | None = None
 
 
@@ -91,7 +93,7 @@ class Disk:
         self.engine: IoEngine = open_engine(
             around.engine, sqpoll=around.sqpoll, iopoll=around.iopoll, directory=path, **hints
         )
-        self.slots = slot_engine(self.engine)
+        self.slots = around.slots(self.engine)
         self.upkeep = Upkeep(around.index, self._lock, self.stopping)
         self.supply = Supply(self.directory, around.index, self._lock)
         self.gone = False
@@ -213,7 +215,8 @@ class Disk:
         """Let go of everything by `until` (monotonic seconds); whether the device answered all that was asked of it."""
         self.stopping.set()
         self.supply.close()
-        quiet = self.engine.close(until - time.monotonic())
+        quiet = self.slots.stop(until - time.monotonic())
+        quiet = self.engine.close(until - time.monotonic()) and quiet
         for thread in (self.supply.thread, *self.upkeep.threads):
             thread.join(max(0.0, until - time.monotonic()))
         while self.making and time.monotonic() < until:

@@ -21,7 +21,7 @@ from storage_backends.local.flights import begin_all
 from storage_backends.local.folder import Folder
 from storage_backends.local.headers import Found, found_in
 from storage_backends.local.index import Pinned
-from storage_backends.local.slots import CancelFlag, SlotGroup, Verdict
+from storage_backends.local.slots import MEMORY_TROUBLE, CancelFlag, SlotGroup, Verdict
 from storage_backends.local.tier import Tier
 
 _HIT = bytes((Outcome.HIT,))
@@ -180,6 +180,9 @@ class Reads:
         handle = flight.held.handles[place]
         if moved == -errno.ECANCELED:
             return Outcome.TIMEOUT
+        if moved == -MEMORY_TROUBLE:
+            tier.counts["memory_errors"] += 1
+            return Outcome.FAILED
         if moved < 0:
             tier.say(f"read {errno.errorcode.get(-moved, -moved)}", "a read failed with %s", os.strerror(-moved))
             tier.counts["io_errors"] += 1

@@ -47,6 +47,18 @@ def judge(
     moved: int,
 ) -> Verdict:  # fmt: skip
     """After a read of `moved` bytes: is this the page, whole and unharmed? addresses, lengths: of its payload."""
+    found = judge_header(shape, namespace, key, header, lengths, moved)
+    if isinstance(found, Verdict):
+        return found
+    if moved < shape.header_bytes + shape.payload_bytes:
+        return Verdict.DAMAGED
+    return Verdict.VALID if np.array_equal(chunk_crcs(addresses, lengths), found.crcs) else Verdict.DAMAGED
+
+
+def judge_header(
+    shape: SlotShape, namespace: bytes, key: bytes, header: memoryview, lengths: np.ndarray, moved: int
+) -> SlotHeader | Verdict:
+    """After a read of `moved` bytes that begin with the header: the header, or what is wrong with it."""
     if moved < shape.header_bytes:
         return Verdict.DAMAGED
     try:
@@ -55,9 +67,7 @@ def judge(
         return Verdict.DAMAGED
     if found.key != key or found.namespace != namespace:
         return Verdict.OTHER_PAGE
-    if found.lengths != tuple(lengths.tolist()) or moved < shape.header_bytes + shape.payload_bytes:
-        return Verdict.DAMAGED
-    return Verdict.VALID if np.array_equal(chunk_crcs(addresses, lengths), found.crcs) else Verdict.DAMAGED
+    return found if found.lengths == tuple(lengths.tolist()) else Verdict.DAMAGED
 
 
 def _done(group: SlotGroup, page: int, moved: int) -> None:

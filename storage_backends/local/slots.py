@@ -8,6 +8,7 @@ nothing of slots).
 from __future__ import annotations
 
 import ctypes
+import errno
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from enum import IntEnum
 import numpy as np
 
 from hicache_ext.page import KEY_BYTES
-from storage_backends.base import PageBatch
+from storage_backends.base import MemoryKind, PageBatch
 from storage_backends.buffers import BufferPool
 from storage_backends.format import BLOCK, SlotHeaders, SlotShape
 from storage_backends.local.engine import IoEngine
@@ -27,6 +28,9 @@ _HEADERS = 512
 _BOUNCE_BYTES = 64 << 20
 _TEMPLATES = 64
 _KEY = np.dtype((np.void, KEY_BYTES))
+
+#: As -errno in the place of bytes moved: what the memory lies in failed, not the disk.
+MEMORY_TROUBLE = errno.ENOTRECOVERABLE
 
 
 class Verdict(IntEnum):
@@ -64,7 +68,7 @@ class SlotGroup:
     uint64[n * k, 2], what moves for each page: its header and its buffers, or one bounce buffer that holds both.
     payload: uint64[n, buffers], where the payload lies while it travels. copies: uint64[n, buffers], where it comes
     from or goes to when bounced, else None. owner: keeps the caller's memory alive. For writes the headers are there,
-    checksums still 0.
+    checksums still 0. memory: the payload's; headers are always the host's.
     """
 
     io: SlotIo
@@ -80,6 +84,7 @@ class SlotGroup:
     cancelled: CancelFlag
     ended: Ended
     owner: object
+    memory: MemoryKind = "host"
 
     def __len__(self) -> int:
         return len(self.extents)
@@ -114,6 +119,10 @@ class SlotEngine(ABC):
 
     def retain_files(self, serials: Sequence[int]) -> None:
         """These extents are open (Extent.serial); whatever else was kept of others may go."""
+
+    def stop(self, timeout: float) -> bool:
+        """Begin nothing more, besides what the engine below does; whether all that was begun has ended."""
+        return True
 
 
 def slot_engine(engine: IoEngine) -> SlotEngine:
@@ -153,7 +162,7 @@ class SlotIo:
         lengths = batch.lengths.reshape(-1, len(self.lengths)) if len(batch.lengths) % len(self.lengths) == 0 else None
         if lengths is None or len(lengths) != len(batch) or (lengths != self.lengths).any():
             raise ValueError(f"the batch's buffers are not those of its namespace, {self.lengths.tolist()} per page")
-        return bool(((batch.addresses | batch.lengths) & self._mask).any())
+        return batch.memory == "host" and bool(((batch.addresses | batch.lengths) & self._mask).any())
 
     def group(
         self, batch: PageBatch, pages: list[int], write: bool, bounced: bool, extents: list[Extent],
@@ -185,7 +194,7 @@ class SlotIo:
             iov = whole.reshape(-1, 2)
         return SlotGroup(
             self, write, batch.namespace.digest, rows(batch.keys, pages[:count]), extents[:count], numbers[:count],
-            headers, iov, addresses, copies, cancelled, ended, batch.owner,
+            headers, iov, addresses, copies, cancelled, ended, batch.owner, batch.memory,
         )  # fmt: skip
 
     def write_headers(

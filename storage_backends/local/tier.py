@@ -21,6 +21,7 @@ What is counted (`stats`), pages unless said otherwise:
     rejected_starting    that came before any disk had answered, or while the tier was being closed
     rejected_cleared     whose namespace was cleared while they were being written
     io_errors            reads and writes that failed, of pages or for want of an extent
+    memory_errors        reads and writes that failed for what the caller's memory lies in, a GPU
     pages_direct, pages_bounced   moved straight from or to the caller's memory, or through a buffer of ours
     recovered_by_scan    that the header scan brought back
 """
@@ -31,7 +32,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from storage_backends.base import Completion, Dispatcher, Notes, Residency
@@ -39,6 +40,7 @@ from storage_backends.buffers import OwnedMemory
 from storage_backends.format import BLOCK
 from storage_backends.local.disk import Around
 from storage_backends.local.disks import Disks
+from storage_backends.local.engine import IoEngine
 from storage_backends.local.expiry import Expiry
 from storage_backends.local.extents import Extent
 from storage_backends.local.folder import Folder
@@ -46,7 +48,7 @@ from storage_backends.local.index import Page
 from storage_backends.local.index_choice import AnyIndex
 from storage_backends.local.options import LocalOptions
 from storage_backends.local.rules import Rules
-from storage_backends.local.slots import CancelFlag
+from storage_backends.local.slots import CancelFlag, SlotEngine
 from storage_backends.local.writer import Writer
 from storage_backends.local.writers import Writers
 
@@ -67,9 +69,10 @@ class Tier:
     """lock: around the index, the disks and everything below them."""
 
     def __init__(
-        self, options: LocalOptions, dispatcher: Dispatcher, report: Report, index: AnyIndex, rules: Rules
-    ) -> None:
-        """Raises OptionError when no disk can be used."""
+        self, options: LocalOptions, dispatcher: Dispatcher, report: Report, index: AnyIndex, rules: Rules,
+        slots: Callable[[IoEngine], SlotEngine],
+    ) -> None:  # fmt: skip
+        """slots: see Around. Raises OptionError when no disk can be used."""
         self.options = options
         self.report = report
         self.index = index
@@ -83,7 +86,7 @@ class Tier:
         self.several = len(places) > 1
         peers = self._peers = dict[int, Writer]()
         around = Around(
-            index, rules, self.lock, peers, options.engine, options.sqpoll, options.iopoll, self.several,
+            index, rules, self.lock, peers, options.engine, options.sqpoll, options.iopoll, self.several, slots,
             options.metadata,
         )  # fmt: skip
         self.disks = Disks(places, around, self.removed, self._expire)

@@ -22,7 +22,7 @@ from storage_backends.local.flights import begin_all
 from storage_backends.local.options import admission
 from storage_backends.local.policy import Admission
 from storage_backends.local.room import Grant, Part, Room
-from storage_backends.local.slots import CancelFlag, SlotGroup, rows
+from storage_backends.local.slots import MEMORY_TROUBLE, CancelFlag, SlotGroup, rows
 from storage_backends.local.tier import Tier
 from storage_backends.local.writer import Writer
 
@@ -196,6 +196,9 @@ class Writes:
         tier = self._tier
         if moved == -errno.ECANCELED:
             return Outcome.TIMEOUT
+        if moved == -MEMORY_TROUBLE:
+            tier.counts["memory_errors"] += 1
+            return Outcome.FAILED
         if moved > 0 and disk is not None and disk.out:
             tier.counts["rejected_disk_out"] += 1
             return Outcome.REJECTED

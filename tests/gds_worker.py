@@ -1,0 +1,309 @@
+"""Cases of the gds tier over libraries that stand in for CUDA's driver and cuFile: `python -m tests.gds_worker NAME`.
+
+Belongs here: what one process does, and asserts. Does not belong here: which processes there are (unit/test_gds.py).
+Every case runs in a fork of its own, which loads the libraries for itself, and prints "NAME: ok" or a traceback.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage_backends.base import OptionError, Outcome, PageBatch
+from tests import gds_cases
+from tests.gds_cases import disk_of, filled, opened, read
+from tests.pages import HostPool, chain, namespace
+
+CASES: dict[str, Callable[[Path], None]] = {}
+
+
+def case(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+def library(name: str) -> Any:
+    return ctypes.CDLL({"cuda": "libcuda.so.1", "cufile": "libcufile.so.0"}[name])
+
+
+def set_number(name: str, value: int) -> None:
+    for one in ("cuda", "cufile"):
+        try:
+            (ctypes.c_int if one == "cuda" else ctypes.c_ssize_t).in_dll(library(one), f"stand_in_{name}").value = value
+        except ValueError:
+            continue
+
+
+def number(name: str) -> int:
+    return ctypes.c_long.in_dll(library("cufile"), f"stand_in_{name}").value
+
+
+class OnDevice(HostPool):
+    """Pages in what the driver takes for device memory."""
+
+    def __init__(self, space: Any, pages: int, declared: bool = True) -> None:
+        super().__init__(space, pages)
+        if declared:
+            library("cuda").stand_in_device_memory(
+                ctypes.c_uint64(self.memory.address), ctypes.c_uint64(self.memory.size)
+            )
+
+    def batch(self, *arguments: Any, **named: Any) -> PageBatch:
+        return replace(super().batch(*arguments, **named), memory="device")
+
+    def pull(self) -> None:
+        """It is host memory all along."""
+
+
+@case
+def both_routes_read_what_either_wrote(folder: Path) -> None:
+    backend = gds_cases.both_routes_read_what_either_wrote(folder, OnDevice)
+    assert number("reads")
+    assert number("writes")
+    assert bool(number("batches")) == (backend.decision.way == "batch")
+    assert bool(number("streams")) == (backend.decision.way == "stream")
+    print("decision:", backend.decision)
+
+
+for shared in (
+    gds_cases.bytes_around_a_page_are_left_alone,
+    gds_cases.a_flipped_byte_is_never_served,
+    gds_cases.a_slot_that_is_rewritten_in_mid_read_is_a_miss,
+    gds_cases.without_the_second_look_at_the_header_it_would_be_served,
+):
+    CASES[shared.__name__] = partial(shared, device=OnDevice)
+
+
+@case
+def registered_memory_is_told_to_cufile(folder: Path) -> None:
+    backend, space, keys, _ = filled(folder, OnDevice)
+    pool = OnDevice(space, 6)
+    backend.register_memory(pool.memory.address, pool.memory.size)
+    host = HostPool(space, 6)
+    backend.register_memory(host.memory.address, host.memory.size)
+    wanted = 0 if "noregister" in os.environ.get("STAND_IN_CUFILE", "") else 1
+    assert number("registered") == wanted, "device memory, and only that"
+    assert bool(backend.stats()["gds_unregistered"]) != bool(wanted)
+    assert read(backend, pool, keys) == [Outcome.HIT] * 6
+    assert number("files"), "a file is kept known"
+    backend.close()
+    assert number("registered") == number("files") == 0
+
+
+@case
+def cufile_that_fails_goes_out_of_use(folder: Path) -> None:
+    backend, space, keys, pool = filled(folder, OnDevice)
+    host = HostPool(space, 6)
+    set_number("read_result", -5011)
+    for _ in range(4):
+        assert backend.capabilities.memory == ("host", "device")
+        assert read(backend, pool, keys) == [Outcome.FAILED] * 6
+    assert backend.capabilities.memory == ("host",)
+    assert (backend.stats()["gds_mode"], backend.stats()["gds_reason"]) == ("staging", "cuFile error 5011")
+    assert read(backend, pool, keys) == [Outcome.FAILED] * 6
+    assert read(backend, host, keys) == [Outcome.HIT] * 6, "the pages are not the device's to lose"
+    assert disk_of(backend).errors == 0, "nor is the disk to blame"
+    backend.close()
+
+
+@case
+def a_disk_that_fails_is_the_disk_s_trouble(folder: Path) -> None:
+    backend, _, keys, pool = filled(folder, OnDevice)
+    set_number("read_result", -5044)
+    assert read(backend, pool, keys) == [Outcome.FAILED] * 6
+    assert disk_of(backend).errors == 6
+    set_number("read_result", 0)
+    assert read(backend, pool, keys) == [Outcome.HIT] * 6
+    assert backend.capabilities.memory == ("host", "device")
+    backend.close()
+
+
+@case
+def a_stream_in_error(folder: Path) -> None:
+    backend, space, keys, pool = filled(folder, OnDevice)
+    set_number("stream_error", 1)
+    assert read(backend, pool, keys) == [Outcome.FAILED] * 6
+    assert backend.write(pool.write_batch(chain("two", 6))).result(30) == [Outcome.FAILED] * 6
+    assert backend.capabilities.memory == ("host",)
+    assert read(backend, HostPool(space, 6), keys) == [Outcome.HIT] * 6
+    since = time.monotonic()
+    backend.close()
+    assert time.monotonic() - since < 8
+
+
+@case
+def out_of_device_memory(folder: Path) -> None:
+    backend = opened(folder)
+    space, keys = namespace((8192, 8192)), chain("one", 6)
+    pool, host = OnDevice(space, 6), HostPool(space, 6)
+    set_number("memory", 0)
+    assert backend.write(pool.write_batch(keys)).result(30) == [Outcome.FAILED] * 6
+    assert backend.write(host.write_batch(keys)).result(30) == [Outcome.HIT] * 6
+    assert read(backend, pool, keys) == [Outcome.FAILED] * 6
+    set_number("memory", 1 << 30)
+    assert read(backend, pool, keys) == [Outcome.HIT] * 6, "and goes on"
+    assert backend.stats().get("corrupt", 0) == 0
+    backend.close()
+
+
+@case
+def a_forked_process(folder: Path) -> None:
+    backend, space, keys, pool = filled(folder, OnDevice)
+    child = os.fork()
+    if child == 0:
+        try:
+            assert backend.read(pool.batch(keys)).result(5) == [Outcome.MISS] * 6
+            assert backend.write(pool.batch(chain("two", 6))).result(5) == [Outcome.REJECTED] * 6
+            backend.register_memory(pool.memory.address, pool.memory.size)
+            assert backend.stats() == {"state": "forked"}
+            backend.close()
+            own = opened(folder.parent / "child")  # the driver was opened by the parent
+            assert own.capabilities.memory == ("host",)
+            assert "forked" in own.decision.why, own.decision
+            assert own.write(HostPool(space, 6).write_batch(keys)).result(30) == [Outcome.HIT] * 6
+            own.close()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert read(backend, pool, keys) == [Outcome.HIT] * 6
+    backend.close()
+
+
+@case
+def a_closed_tier_and_a_cancelled_batch(folder: Path) -> None:
+    backend, _, keys, pool = filled(folder, OnDevice)
+    slots = disk_of(backend).slots
+    held = slots._queue
+    threads = list(slots._threads)
+    for _ in threads:  # nobody takes a part now
+        held.put(None)
+    for thread in threads:
+        thread.join(10)
+    done = backend.read(pool.batch(keys))
+    done.cancel()
+    slots._threads = []
+    slots._start()
+    assert done.result(30) == [Outcome.TIMEOUT] * 6
+    assert slots.stop(5)
+    assert backend.read(pool.batch(keys)).result(30) == [Outcome.TIMEOUT] * 6
+    backend.close()
+
+
+@case
+def a_file_that_goes_is_let_go_of(folder: Path) -> None:
+    backend, _, _, _ = filled(folder, OnDevice)
+    slots = disk_of(backend).slots
+    assert number("files") == 1
+    slots.retain_files([])
+    assert number("files") == 0
+    backend.close()
+
+
+def fallen_back(folder: Path, why: str) -> None:
+    backend = opened(folder)
+    print("decision:", backend.decision)
+    assert backend.capabilities.memory == ("host",)
+    assert why in backend.decision.why, backend.decision
+    assert backend.stats()["gds_mode"] == "staging"
+    space, keys = namespace((8192, 8192)), chain("one", 6)
+    pool = HostPool(space, 6)
+    assert backend.write(pool.write_batch(keys)).result(30) == [Outcome.HIT] * 6
+    assert read(backend, pool, keys) == [Outcome.HIT] * 6
+    with pytest.raises(ValueError, match="host memory alone"):
+        backend.read(OnDevice(space, 6, declared=False).batch(keys))
+    backend.close()
+    with pytest.raises(OptionError, match=f"^mode = 'gds': .*{re.escape(why)}"):
+        opened(folder, mode="gds")
+
+
+@case
+def no_driver(folder: Path) -> None:
+    fallen_back(folder, "no CUDA driver: libcuda.so.1 cannot be loaded")
+
+
+@case
+def no_device(folder: Path) -> None:
+    fallen_back(folder, "the CUDA driver finds no usable device")
+
+
+@case
+def no_kernels(folder: Path) -> None:
+    fallen_back(folder, "nothing verifies pages on the device")
+
+
+@case
+def no_cufile(folder: Path) -> None:
+    from storage_backends.gds import decision
+
+    decision.libraries = lambda: [decision.LIBRARY]
+    fallen_back(folder, "cuFile cannot be loaded: libcufile.so.0")
+
+
+@case
+def cufile_hangs(folder: Path) -> None:
+    from storage_backends.gds import decision
+
+    decision.SECONDS = 1.0
+    fallen_back(folder, "cuFile did not answer within 1 s")
+
+
+@case
+def cufile_refuses(folder: Path) -> None:
+    fallen_back(folder, "cuFile's driver does not open: cuFile error 5001")
+
+
+@case
+def modes_that_are_asked_for(folder: Path) -> None:
+    staged = opened(folder, mode="staging")
+    assert (staged.capabilities.memory, staged.decision.why) == (("host",), "mode: staging")
+    staged.close()
+    chosen = opened(folder, mode="compatibility")
+    assert (str(chosen.decision.mode), chosen.decision.why) == ("compatibility", "mode: compatibility")
+    chosen.close()
+    backend = opened(folder, mode="gds")
+    assert (str(backend.decision.mode), backend.decision.why) == ("gds", "")
+    backend.close()
+
+
+@case
+def peer_to_peer_that_does_not_reach_this_disk(folder: Path) -> None:
+    backend = opened(folder)
+    assert str(backend.decision.mode) == "compatibility"
+    assert "cuFile error 5001" in backend.decision.why
+    backend.close()
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            sys.stdout.flush()
+            child = os.fork()
+            if child == 0:
+                logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="said: %(message)s")
+                try:
+                    CASES[name](Path(folder) / "tier")
+                    print(f"{name}: ok", flush=True)
+                except BaseException:
+                    print(f"{name}: {traceback.format_exc()}", flush=True)
+                os._exit(0)
+            os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(CASES))

@@ -1,0 +1,123 @@
+"""The gds tier over a driver and a cuFile that stand in (no GPU): what is decided and said, and a page's whole way.
+
+What a machine without a GPU can show: that the tier, csrc/gds and cuFile's calls fit together; which way is taken when
+something is missing; that nothing but the page that was asked for is ever served, where device memory and checksums are
+the stand-ins'. The real header, the real libraries and our kernels: tests/gpu/test_gds.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hicache_ext._cuda", reason="not built")
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which("cc") or shutil.which("gcc")
+_EVERYWHERE = [
+    "both_routes_read_what_either_wrote",
+    "bytes_around_a_page_are_left_alone",
+    "registered_memory_is_told_to_cufile",
+    "a_flipped_byte_is_never_served",
+    "a_slot_that_is_rewritten_in_mid_read_is_a_miss",
+    "without_the_second_look_at_the_header_it_would_be_served",
+    "cufile_that_fails_goes_out_of_use",
+    "a_disk_that_fails_is_the_disk_s_trouble",
+    "a_stream_in_error",
+    "out_of_device_memory",
+    "a_forked_process",
+    "a_closed_tier_and_a_cancelled_batch",
+    "a_file_that_goes_is_let_go_of",
+]
+#: Libraries that are there, what goes wrong with the driver and with cuFile -> cases.
+MACHINES: dict[tuple[str, str, str], list[str]] = {
+    ("cuda cufile", "kernels", ""): _EVERYWHERE,
+    ("cuda cufile", "kernels", "nobatch"): [_EVERYWHERE[0], "a_slot_that_is_rewritten_in_mid_read_is_a_miss"],
+    ("cuda cufile", "kernels", "nobatch nostream"): [_EVERYWHERE[0]],
+    ("cuda cufile", "kernels", "noregister"): ["registered_memory_is_told_to_cufile"],
+    ("cuda cufile", "kernels", "direct"): ["modes_that_are_asked_for"],
+    ("cuda cufile", "kernels", "peer"): ["peer_to_peer_that_does_not_reach_this_disk"],
+    ("cuda cufile", "kernels", "hangs"): ["cufile_hangs"],
+    ("cuda cufile", "kernels", "refuses"): ["cufile_refuses"],
+    ("cuda cufile", "", ""): ["no_kernels"],
+    ("cuda cufile", "none", ""): ["no_device"],
+    ("cuda", "kernels", ""): ["no_cufile"],
+    ("", "", ""): ["no_driver"],
+}
+RUNS = [(machine, name) for machine, names in MACHINES.items() for name in names]
+
+
+def _real_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each set of libraries that a machine may have."""
+    if COMPILER is None:
+        pytest.skip("no C compiler")
+    if _real_driver():
+        pytest.skip("this machine has a CUDA driver: tests/gpu/test_gds.py")
+    folder = tmp_path_factory.mktemp("libraries")
+    names = {"cuda": ("libcuda.so.1", "driver"), "cufile": ("libcufile.so.0", "cufile")}
+    found = {}
+    for those in ("", "cuda", "cuda cufile"):
+        place = found[those] = folder / (those.replace(" ", "-") or "none")
+        place.mkdir()
+        for name in those.split():
+            so, source = names[name]
+            command = [COMPILER, "-shared", "-fPIC", f"-Wl,-soname,{so}", "-o", place / so]
+            subprocess.run([*command, ROOT / "tests" / f"stand_in_{source}.c"], check=True, timeout=60)
+    return found
+
+
+@pytest.fixture(scope="module")
+def said(libraries: dict[str, Path]) -> dict[tuple[tuple[str, str, str], str], str]:
+    """What each case printed. A machine is a process, in which every case is a fork."""
+    found = {}
+    for machine, names in MACHINES.items():
+        those, cuda, cufile = machine
+        environment = {
+            **os.environ, "LD_LIBRARY_PATH": str(libraries[those]), "STAND_IN_CUDA": cuda, "STAND_IN_CUFILE": cufile,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.gds_worker", *names]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stderr
+        text = done.stdout + done.stderr
+        for name in names:
+            found[machine, name] = text
+    return found
+
+
+@pytest.mark.parametrize(("machine", "name"), RUNS, ids=[f"{name}-{m[2] or m[1] or 'bare'}" for m, name in RUNS])
+def test_over_libraries_that_stand_in(
+    machine: tuple[str, str, str], name: str, said: dict[tuple[tuple[str, str, str], str], str]
+) -> None:
+    text = said[machine, name]
+    if "built without nvcc" in text and name != "no_kernels":
+        pytest.skip("built without nvcc: nothing is verified on a device")
+    assert f"{name}: ok" in text, text
+
+
+WAYS = {"": "in batches", "nobatch": "in stream order", "nobatch nostream": "call by call"}
+
+
+@pytest.mark.parametrize("trouble", WAYS)
+def test_the_way_that_is_taken_is_said_once(trouble: str, said: dict[tuple[tuple[str, str, str], str], str]) -> None:
+    text = said[("cuda cufile", "kernels", trouble), _EVERYWHERE[0]]
+    if "built without nvcc" in text:
+        pytest.skip("built without nvcc: nothing is verified on a device")
+    lines = [line for line in text.splitlines() if line.startswith("decision: ")]
+    assert len(set(lines)) == 1
+    assert f"cuFile 1.99 {WAYS[trouble]}, device 0 stand-in" in lines[0]
+    assert "compatibility mode (no nvidia-fs, and no PCIe peer to peer)" in lines[0]
