@@ -11,6 +11,7 @@ import typer
 from hicache_ext.cli.bench_copy import copy_command
 from hicache_ext.cli.bench_events import events_command
 from hicache_ext.cli.bench_events_scheduler import events_scheduler_command
+from hicache_ext.cli.bench_gds import gds_command
 from hicache_ext.cli.bench_index import index_command
 from hicache_ext.cli.bench_indexer import indexer_command
 from hicache_ext.cli.bench_io import io_command
@@ -25,6 +26,7 @@ app.command("io")(io_command)
 app.command("policy")(policy_command)
 app.command("index")(index_command)
 app.command("copy")(copy_command)
+app.command("gds")(gds_command)
 app.command("serve")(serve_command)
 app.command("tiers")(tiers_command)
 app.command("events-scheduler")(events_scheduler_command)

@@ -71,10 +71,10 @@ def copy_command(
         command = " ".join(["hicache-ext", *sys.argv[1:]])
         written = {"machine": about, "command": command, "rows": rows, "by_multiprocessors": by_multiprocessors}
         written |= {"decode": beside, "goals": goals, "left_out": left_out}
-        json_file.write_text(_lines(written) + "\n")
+        json_file.write_text(lines(written) + "\n")
 
 
-def _lines(written: dict[str, Any]) -> str:
+def lines(written: dict[str, Any]) -> str:
     """JSON with a row a line: a file of a thousand rows is to be read, and compared, by people too."""
     parts = []
     for name, value in written.items():

@@ -49,6 +49,6 @@ def test_the_goals() -> None:
 
 def test_a_row_a_line() -> None:
     written = {"machine": {"gpu": "x"}, "rows": [row("ours", 1.5), row("memcpy", 2)], "decode": []}
-    text = bench_copy._lines(written)
+    text = bench_copy.lines(written)
     assert json.loads(text) == written
     assert len(text.splitlines()) == 2 + 1 + 2 + 2 + 1

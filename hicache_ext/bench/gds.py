@@ -1,0 +1,103 @@
+"""Measuring GPU-direct storage: pages between a disk and device memory, beside the other ways there.
+
+Belongs here: cells, rounds, checks and rows of `bench gds`. Does not belong here: the ways (gds_subjects), tables and
+files (hicache_ext.cli.bench_gds).
+
+A page is one buffer. Every subject writes and reads as many bytes, in turns that are drawn anew each round, on the same
+file system; slots were written before they are measured, so that no file grows. Nothing comes from the page cache.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hicache_ext.bench.gds_subjects import Cell, CuFile, Ours, PlainDisk, Staging, Subject
+from storage_backends.gds.decision import Mode
+
+
+class NotHere(Exception):
+    """There is nothing to measure on this machine; the text says why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """pages: page sizes (bytes). bytes: of one turn of one subject. ways: of asking cuFile; "auto": as it decides."""
+
+    pages: tuple[int, ...] = (64 << 10, 256 << 10, 1 << 20, 4 << 20, 8 << 20)
+    bytes: int = 256 << 20
+    rounds: int = 5
+    ways: tuple[str, ...] = ("auto",)
+
+
+QUICK = Plan((256 << 10, 8 << 20), 64 << 20, 3)
+
+
+def run(folder: Path, plan: Plan, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of every cell; what was decided about cuFile, by way. NotHere, RuntimeError when a page is wrong."""
+    rows: list[dict[str, Any]] = []
+    decisions: dict[str, str] = {}
+    for page in plan.pages:
+        for way in plan.ways:
+            with Cell(folder / f"{page}-{way}", page, max(1, plan.bytes // page), way) as cell:
+                decision = cell.backend.decision
+                decisions[way] = str(decision)
+                if decision.mode is Mode.STAGING:
+                    raise NotHere(decision.why)
+                subjects: list[Subject] = [Ours(cell), CuFile(cell)]
+                if way == plan.ways[0]:  # these are the same for every way
+                    subjects += [Staging(cell), PlainDisk(cell)]
+                say(f"{page >> 10} KiB, {way}: checking")
+                check(cell, subjects)
+                say(f"{page >> 10} KiB, {way}: filling")
+                cell.fill()
+                say(f"{page >> 10} KiB, {way}: measuring")
+                rows += _measure(cell, subjects, plan.rounds)
+                for subject in subjects:
+                    subject.close()
+    return rows, decisions
+
+
+def check(cell: Cell, subjects: Sequence[Subject]) -> None:
+    """What a subject writes is what it reads; and ours and staging read what the other one wrote."""
+    for subject in subjects:
+        cell.draw(subject.memory)
+        subject.write()
+        for reader in [subject, *(other for other in subjects if subject.shares and other.shares)]:
+            wanted = cell.bytes_in(subject.memory)
+            cell.poison(reader.memory)
+            reader.keys = subject.keys
+            reader.read()
+            if cell.bytes_in(reader.memory) != wanted:
+                raise RuntimeError(f"{reader.name} read other bytes than {subject.name} had written: {cell}")
+
+
+def _measure(cell: Cell, subjects: Sequence[Subject], rounds: int) -> list[dict[str, Any]]:
+    samples: dict[tuple[str, str], list[float]] = {}
+    draw = random.Random(1)
+    for round_ in range(rounds + 1):
+        for subject in draw.sample(list(subjects), len(subjects)):
+            taken = {"write": subject.write(), "read": subject.read()}
+            if round_:  # the first warms up
+                for op, seconds in taken.items():
+                    samples.setdefault((subject.name, op), []).append(seconds)
+    return [_row(cell, subject, op, samples[subject.name, op]) for subject in subjects for op in ("read", "write")]
+
+
+def _row(cell: Cell, subject: Subject, op: str, seconds: list[float]) -> dict[str, Any]:
+    speeds = sorted(cell.bytes / 1e9 / each for each in seconds)
+    return {
+        "subject": subject.name,
+        "op": op,
+        "page": cell.page,
+        "pages": cell.pages,
+        "gb_per_s": round(statistics.median(speeds), 3),
+        "spread": [round(speeds[0], 3), round(speeds[-1], 3)],
+        "way": subject.way,
+        "mode": str(cell.backend.decision.mode) if subject.way else "",
+        "rounds": len(speeds),
+    }
