@@ -10,11 +10,8 @@ pools, as tests/sglang/linker_rig.py does over host memory.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -187,30 +184,10 @@ def test_block_copies_are_chosen_and_torch_s_agree(case: Case, caplog: pytest.Lo
 # --- the whole linker
 
 
-@pytest.fixture(scope="module")
-def rig_modules() -> Iterator[Any]:
-    pytest.importorskip(
-        "sglang.srt.mem_cache.unified_cache.linker_factory",
-        reason="no SGLang 0.5.23 or later",
-        exc_type=ImportError,
-    )
-    here = str(Path(__file__).parents[1] / "sglang")
-    sys.path.insert(0, here)
-    import linker_rig
-    import rig
-    from support import ROOT
-
-    rig.prepare(model_path=str(rig.model_folder(ROOT)))
-    linker_rig.DEVICE = "cuda"
-    yield SimpleNamespace(linker_rig=linker_rig, rig=rig)
-    linker_rig.DEVICE = "cpu"
-    sys.path.remove(here)
-
-
 @pytest.mark.parametrize("kind", ["mha", "mla", "swa"])
-def test_round_trip_under_sglang_s_cache(rig_modules: Any, kind: str) -> None:
+def test_round_trip_under_sglang_s_cache(linker_on_cuda: Any, kind: str) -> None:
     """Cold, device hit, loaded; every layer's bytes are checked after the pool's own wait for it."""
-    linker_rig, rig = rig_modules.linker_rig, rig_modules.rig
+    linker_rig, rig = linker_on_cuda.linker_rig, linker_on_cuda.rig
     extra = rig.shared_tier()
     rig.SharedMemory.pages.clear()
     tokens = list(range(100, 100 + 20 * rig.PAGE))
@@ -223,8 +200,8 @@ def test_round_trip_under_sglang_s_cache(rig_modules: Any, kind: str) -> None:
         assert found.serve(tokens) == {"device": 0, "loaded": len(tokens), "landed": True}
 
 
-def test_a_bad_page_fails_the_load_alone(rig_modules: Any) -> None:
-    linker_rig, rig = rig_modules.linker_rig, rig_modules.rig
+def test_a_bad_page_fails_the_load_alone(linker_on_cuda: Any) -> None:
+    linker_rig, rig = linker_on_cuda.linker_rig, linker_on_cuda.rig
     extra = rig.shared_tier()
     rig.SharedMemory.pages.clear()
     tokens = list(range(100, 100 + 20 * rig.PAGE))
@@ -236,34 +213,3 @@ def test_a_bad_page_fails_the_load_alone(rig_modules: Any) -> None:
         assert found.serve(tokens)["landed"] is False
         assert found.serve(tokens)["landed"] is True
         assert found.linker.details()["staged"] == [{"kv": 0}, {"kv": 0}]
-
-
-def test_loads_and_offloads_beside_a_busy_device(rig_modules: Any) -> None:
-    """Kernels run all the while; every byte that a forward reads is right."""
-    linker_rig, rig = rig_modules.linker_rig, rig_modules.rig
-    extra = rig.shared_tier()
-    rig.SharedMemory.pages.clear()
-    over = threading.Event()
-
-    def burn() -> None:
-        x = torch.randn(2048, 2048, device="cuda")
-        with torch.cuda.stream(torch.cuda.Stream()):
-            while not over.is_set():
-                x = (x @ x).tanh()
-                torch.cuda.current_stream().synchronize()
-
-    thread = threading.Thread(target=burn)
-    thread.start()
-    try:
-        with linker_rig.linked(extra=extra, slots=256) as found:
-            chains = [list(range(1000 * i, 1000 * i + 12 * rig.PAGE)) for i in range(6)]
-            for turn in range(20):
-                for chain in chains:
-                    assert found.serve(chain)["landed"]
-                if turn % 2:
-                    found.settle()
-                    found.flush()
-            assert found.linker.counters.snapshot()["load_pages"] > 200
-    finally:
-        over.set()
-        thread.join()
