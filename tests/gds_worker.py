@@ -6,7 +6,6 @@ Every case runs in a fork of its own, which loads the libraries for itself, and 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -15,17 +14,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from storage_backends.base import OptionError, Outcome, PageBatch
-from tests import gds_cases
+from storage_backends.base import OptionError, Outcome
+from tests import gds_cases, gds_linker
 from tests.gds_cases import disk_of, filled, opened, read
 from tests.pages import HostPool, chain, namespace
+from tests.stand_ins import OnDevice, number, set_number
 
 CASES: dict[str, Callable[[Path], None]] = {}
 
@@ -33,39 +31,6 @@ CASES: dict[str, Callable[[Path], None]] = {}
 def case(function: Callable[[Path], None]) -> Callable[[Path], None]:
     CASES[function.__name__] = function
     return function
-
-
-def library(name: str) -> Any:
-    return ctypes.CDLL({"cuda": "libcuda.so.1", "cufile": "libcufile.so.0"}[name])
-
-
-def set_number(name: str, value: int) -> None:
-    for one in ("cuda", "cufile"):
-        try:
-            (ctypes.c_int if one == "cuda" else ctypes.c_ssize_t).in_dll(library(one), f"stand_in_{name}").value = value
-        except ValueError:
-            continue
-
-
-def number(name: str) -> int:
-    return ctypes.c_long.in_dll(library("cufile"), f"stand_in_{name}").value
-
-
-class OnDevice(HostPool):
-    """Pages in what the driver takes for device memory."""
-
-    def __init__(self, space: Any, pages: int, declared: bool = True) -> None:
-        super().__init__(space, pages)
-        if declared:
-            library("cuda").stand_in_device_memory(
-                ctypes.c_uint64(self.memory.address), ctypes.c_uint64(self.memory.size)
-            )
-
-    def batch(self, *arguments: Any, **named: Any) -> PageBatch:
-        return replace(super().batch(*arguments, **named), memory="device")
-
-    def pull(self) -> None:
-        """It is host memory all along."""
 
 
 @case
@@ -85,6 +50,12 @@ for shared in (
     gds_cases.without_the_second_look_at_the_header_it_would_be_served,
 ):
     CASES[shared.__name__] = partial(shared, device=OnDevice)
+for linked in (
+    gds_linker.pages_go_past_the_host,
+    gds_linker.a_bad_page_fails_its_load_alone,
+    gds_linker.with_a_tier_below_pages_are_written_through_the_host,
+):
+    CASES[f"linker_{linked.__name__}"] = linked
 
 
 @case

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from hicache_ext.cuda import BlockShape, Copier, CopyError, CudaUnavailable, Side
-from hicache_ext.device.planes import Plane, Pool, Slots
+from hicache_ext.device.planes import HostSlots, Plane, Pool, Slots
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Copies(Protocol):
         """As load, layer after layer; `arrived(layer)` once all of a layer is there, for each layer in order."""
 
 
-def choose(pools: Mapping[str, Pool], sides: Sequence[Mapping[str, Slots]]) -> list[Copies]:
+def choose(pools: Mapping[str, Pool], sides: Sequence[Mapping[str, HostSlots]]) -> list[Copies]:
     """The copies between these pools and the slots of each side."""
     devices = {plane.buffer.device for pool in pools.values() for plane in pool.planes}
     kinds = {device.type for device in devices}
@@ -71,7 +71,7 @@ def choose(pools: Mapping[str, Pool], sides: Sequence[Mapping[str, Slots]]) -> l
 class TorchCopies:
     """By torch's indexing, on whatever device the pools are."""
 
-    def __init__(self, pools: Mapping[str, Pool], staging: Mapping[str, Slots]) -> None:
+    def __init__(self, pools: Mapping[str, Pool], staging: Mapping[str, HostSlots]) -> None:
         self._views = {
             name: [(plane.layer, *_views(plane, pool, staging[name])) for plane in pool.planes]
             for name, pool in pools.items()
@@ -118,7 +118,7 @@ class TorchCopies:
             self._stream.synchronize()
 
 
-def _views(plane: Plane, pool: Pool, staging: Slots) -> tuple[Any, Any]:
+def _views(plane: Plane, pool: Pool, staging: HostSlots) -> tuple[Any, Any]:
     """uint8 [pages, tokens, heads, run] of the plane in the pool, and in the slots."""
     flat = plane.buffer.view(torch.uint8)
     dims = (plane.tokens, plane.heads, plane.run)
@@ -138,7 +138,8 @@ class BlockCopies:
         self._copiers = {name: _copiers(pool, staging[name], device.index or 0) for name, pool in pools.items()}
         self._stream = torch.cuda.Stream(device=device)
         memory = sorted({one.copier.memory for group in self._copiers.values() for one in group})
-        self.name = f"block copies, {' and '.join(memory)} host memory"
+        on_device = memory == ["device"]
+        self.name = "block copies, " + ("slots on it" if on_device else f"{' and '.join(memory)} host memory")
 
     def store(self, part: Part) -> None:
         try:

@@ -42,7 +42,7 @@ class Pool(Protocol):
 
 
 class Slots(Protocol):
-    """Page slots in host memory, `stride` bytes apart from `address` on. view: all of it, as a buffer."""
+    """Page slots, `stride` bytes apart from `address` on."""
 
     @property
     def slots(self) -> int: ...
@@ -52,6 +52,10 @@ class Slots(Protocol):
 
     @property
     def address(self) -> int: ...
+
+
+class HostSlots(Slots, Protocol):
+    """In host memory. view: all of it, as a buffer."""
 
     @property
     def view(self) -> Any: ...

@@ -1,4 +1,4 @@
-"""Page slots in host memory of ours, between a device pool and the tiers.
+"""Page slots in memory of ours, pinned or on the device, between a device pool and the tiers.
 
 Belongs here: the memory, pinning it, lending slots. Does not belong here: who copies into them (copies), or when
 (engines' adapters).
@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from hicache_ext.cuda import CudaUnavailable, open_device
 from hicache_ext.page import Namespace, PageLayout
-from storage_backends.base import PageBatch
+from storage_backends.base import MemoryKind, PageBatch
 from storage_backends.buffers import OwnedMemory
 
 logger = logging.getLogger(__name__)
@@ -78,23 +79,15 @@ def _unpin(memory: mmap.mmap, address: int, context: int | None, process: int) -
         logger.warning("hicache_ext: cuMemHostUnregister: error %s: %s bytes are never given back", result, len(memory))
 
 
-class Staging:
-    """Slots for pages of one layout, by number."""
+class PageSlots:
+    """Slots for pages of one layout, by number, in memory that a subclass brings.
 
-    def __init__(self, layout: PageLayout, slots: int, pinned: bool, unit: int = 1) -> None:
-        """pinned: a GPU will copy from and to it. unit: bytes; slots lie a whole number of units apart."""
-        self.layout, self.slots = layout, slots
-        self.stride = self.stride_of(layout, unit)
-        self._memory: OwnedMemory | None = OwnedMemory(self.stride * slots, not_in_children=True)
-        self.address = self._memory.address
-        self.size = self._memory.size
-        self.not_pinned = pin(self.address, self.size) if pinned else "nothing asks for it"
-        if not self.not_pinned:
-            # However the memory goes, closed or dropped by whoever had a slot last: unpinned first, unmapped then.
-            self._unpin = weakref.finalize(
-                self._memory, _unpin, self._memory.map, self.address, _context(), os.getpid()
-            )
-            self._unpin.atexit = False
+    slots: how many. stride: bytes from slot to slot. address, size: of all of them. memory: where that is.
+    """
+
+    def __init__(self, layout: PageLayout, slots: int, stride: int, address: int, memory: MemoryKind) -> None:
+        self.layout, self.slots, self.stride = layout, slots, stride
+        self.address, self.size, self.memory = address, stride * slots, memory
         lengths = np.array(layout.buffer_lengths, np.uint64)
         self._lengths, self._starts = lengths, np.cumsum(lengths) - lengths
         self._free = list(range(slots))
@@ -105,12 +98,6 @@ class Staging:
         """Bytes from slot to slot."""
         step = math.lcm(ALIGNMENT, unit)
         return -(-layout.payload_bytes // step) * step
-
-    @property
-    def view(self) -> Any:
-        """All of it, as a buffer."""
-        assert self._memory is not None
-        return self._memory.view
 
     @property
     def part(self) -> int:
@@ -149,10 +136,37 @@ class Staging:
             np.tile(self._lengths, len(slots)),
             np.arange(0, per_page * len(slots) + 1, per_page, dtype=np.int64),
             self,
+            memory=self.memory,
         )
 
     def close(self) -> None:
         """Give the memory back. Slots that are still lent keep it: somebody may yet write there."""
+        raise NotImplementedError
+
+
+class Staging(PageSlots):
+    """In host memory."""
+
+    def __init__(self, layout: PageLayout, slots: int, pinned: bool, unit: int = 1) -> None:
+        """pinned: a GPU will copy from and to it. unit: bytes; slots lie a whole number of units apart."""
+        stride = self.stride_of(layout, unit)
+        self._memory: OwnedMemory | None = OwnedMemory(stride * slots, not_in_children=True)
+        super().__init__(layout, slots, stride, self._memory.address, "host")
+        self.not_pinned = pin(self.address, self.size) if pinned else "nothing asks for it"
+        if not self.not_pinned:
+            # However the memory goes, closed or dropped by whoever had a slot last: unpinned first, unmapped then.
+            self._unpin = weakref.finalize(
+                self._memory, _unpin, self._memory.map, self.address, _context(), os.getpid()
+            )
+            self._unpin.atexit = False
+
+    @property
+    def view(self) -> Any:
+        """All of it, as a buffer."""
+        assert self._memory is not None
+        return self._memory.view
+
+    def close(self) -> None:
         with self._cond:
             if self._memory is None or len(self._free) < self.slots:
                 return
@@ -160,3 +174,24 @@ class Staging:
         if not self.not_pinned:
             self._unpin()
         memory.close()
+
+
+class DeviceStaging(PageSlots):
+    """In a GPU's memory: pages that a tier moves there and from there itself."""
+
+    def __init__(self, layout: PageLayout, slots: int, device: int) -> None:
+        """device: its ordinal. CudaUnavailable: not to be had, or too little of it."""
+        opened = open_device(device)
+        from hicache_ext import _cuda
+
+        stride = self.stride_of(layout)
+        try:
+            self._memory: _cuda.Memory | None = _cuda.memory(opened, stride * slots)
+        except (_cuda.Unavailable, _cuda.Failed) as error:
+            raise CudaUnavailable(str(error)) from error
+        super().__init__(layout, slots, stride, self._memory.address, "device")
+
+    def close(self) -> None:
+        with self._cond:
+            if len(self._free) == self.slots:
+                self._memory = None

@@ -45,18 +45,15 @@ if versions.check(versions.installed()) < (0, 5, 23):  # 0.5.22 has the contract
 
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
 
-from hicache_ext.device.copies import choose
-from hicache_ext.device.slots import Staging
-from hicache_ext.sglang import linker_pools, linker_settings
+from hicache_ext.sglang import linker_pools, linker_settings, linker_sides
 from hicache_ext.sglang.linker_loads import Load, LoadFailed, Loads, Wanted
 from hicache_ext.sglang.linker_offloads import Leaving, Offload, Offloads
+from hicache_ext.sglang.linker_sides import Sides
 
 logger = logging.getLogger(__name__)
 
 #: Seconds for which nothing is offered after a load that a tier failed: SGLang aborts the requests of such a load.
 PAUSE_SECONDS = 10.0
-#: Pages of each pool that have room in the staging memory of one direction at the least.
-_LEAST_SLOTS = 2
 #: Lookups of servers that may be under way.
 _ASKED = 1024
 
@@ -99,21 +96,21 @@ class HiCacheExtLinker(UnifiedCacheLinker):
         self.layer_done_counter = LayerWiseLoadCounter(self._device.layers)
         if "mamba" in self._pools:
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
-        on_gpu = any(plane.buffer.device.type == "cuda" for pool in self._pools.values() for plane in pool.planes)
-        self._staging = [self._slots(on_gpu), self._slots(on_gpu)]
-        incoming, outgoing = self._staging
-        self._copies, back = choose(self._pools, self._staging)
+        incoming, outgoing = linker_sides.host_sides(self._pools, int(self.options.staging_bytes))
         self.store: TieredStore | inject.FaultyStore = inject.wrap(TieredStore.open(self.config))
-        for staging in (*incoming.values(), *outgoing.values()):
-            self.store.register_memory(staging.address, staging.size)
+        for side in (incoming, outgoing):
+            for slots in side.staging.values():
+                self.store.register_memory(slots.address, slots.size)
+        past = linker_sides.device_sides(self._pools, self.store, int(self.options.device_staging_bytes))
+        self._sides = [Sides(incoming, past[0]), Sides(outgoing, past[1])]
         self._loads = Loads(
-            self.store, self._pools, incoming, self._copies, self._device.layers, self.layer_done_counter, self._ended
+            self.store, self._pools, self._sides[0], self._device.layers, self.layer_done_counter, self._ended
         )
-        self._offloads = Offloads(self.store, self._pools, outgoing, back, self.counters)
+        self._offloads = Offloads(self.store, self._pools, self._sides[1], self.counters)
         logger.info(
             "hicache_ext linker: tiers %s, model %s, weights %s, tp %s/%s pp %s/%s, %s, pools %s%s",
             [tier.label for tier in self.config.tiers], self._model.model[:12], self._model.weights[:24],
-            self._rank.tp_rank, self._rank.tp_size, self._rank.pp_rank, self._rank.pp_size, self._copies.name,
+            self._rank.tp_rank, self._rank.tp_size, self._rank.pp_rank, self._rank.pp_size, self._ways(),
             {name: f"{pool.layout.order}, {pool.layout.payload_bytes} bytes" for name, pool in self._pools.items()},
             "" if self._with_plugin else ", without the plugin",
         )  # fmt: skip
@@ -124,21 +121,6 @@ class HiCacheExtLinker(UnifiedCacheLinker):
                 "hicache_ext linker: `share: engines` does not hold here: SGLang gives a linker no token ids. "
                 "Pages are this engine's own"
             )
-
-    def _slots(self, on_gpu: bool) -> dict[str, Staging]:
-        """Memory for one direction, shared out by the size of pages."""
-        half = int(self.options.staging_bytes) // 2
-        whole = sum(pool.layout.payload_bytes for pool in self._pools.values())
-        made = {}
-        for name, pool in self._pools.items():
-            size = pool.layout.payload_bytes
-            made[name] = Staging(pool.layout, min(pool.pages, max(_LEAST_SLOTS, half // max(1, whole))), on_gpu)
-            if on_gpu and made[name].not_pinned:
-                logger.warning(
-                    "hicache_ext linker: staging memory of pool %s (%s bytes a page) is not pinned (%s): copies go "
-                    "through the driver's own, and wait", name, size, made[name].not_pinned,
-                )  # fmt: skip
-        return made
 
     # --- who we are
 
@@ -319,13 +301,20 @@ class HiCacheExtLinker(UnifiedCacheLinker):
         """Every counter: the linker's, the injector's where there is one, and the tiers'."""
         return {
             "adapter": self.counters.snapshot(),
-            "copies": self._copies.name,
+            "copies": self._ways(),
             "pools": {name: pool.layout.order for name, pool in self._pools.items()},
-            "staged": [{name: staging.lent for name, staging in side.items()} for side in self._staging],
+            "staged": [
+                {name: sum(side.staging[name].lent for side in sides.all) for name in self._pools}
+                for sides in self._sides
+            ],
             "frozen": weights.STATE.frozen or self._closed,
             "tiers": self.store.stats(),
             "injected": getattr(self.store, "injected", {}),
         }
+
+    def _ways(self) -> str:
+        """How pages are copied, the preferred way first."""
+        return "; else ".join(side.copies.name for side in self._sides[0].all)
 
     def close(self) -> None:
         """Let go of threads, tiers and memory. Idempotent."""
@@ -340,9 +329,8 @@ class HiCacheExtLinker(UnifiedCacheLinker):
         if self._asking is not None:
             self._asking.shutdown(wait=False, cancel_futures=True)
         self.store.close()
-        for side in self._staging:
-            for staging in side.values():
-                staging.close()
+        for sides in self._sides:
+            sides.close()
 
 
 def _rank(params: Any, replicated: bool) -> Any:

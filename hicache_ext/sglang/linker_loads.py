@@ -3,8 +3,8 @@
 Belongs here: the order of reading and copying, deadlines, what becomes of a load that fails. Does not belong here: what
 may be loaded (linker), or how pages are copied (hicache_ext.device).
 
-    read      the tiers fill slots, several parts at a time, while the forward before may still run; every page is
-              verified there, or the whole load fails before its first byte reaches the device
+    read      the tiers fill slots, in host memory or past it, several parts at a time, while the forward before may
+              still run; every page is verified there, or the whole load fails before its first byte reaches a pool
     copy      once nothing on the device uses the target pages any more: whole parts as they arrive, and the last part
               of each pool layer by layer, so that the forward begins with layer 0 while the others are on their way
 
@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hicache_ext.device.copies import Copies, Part
-from hicache_ext.device.slots import Staging
+from hicache_ext.device.copies import Part
 from hicache_ext.page import KEY_BYTES, Namespace, pack_keys, split_keys
 from hicache_ext.sglang.linker_planes import DevicePool
+from hicache_ext.sglang.linker_sides import Side, Sides
 from hicache_ext.store import TieredStore
 from hicache_ext.store.inject import FaultyStore
 from hicache_ext.store.overdue import account_overdue
@@ -69,7 +69,7 @@ class Load:
 
 @dataclass
 class _Piece:
-    """Unique pages of one pool, and which slot (by position) becomes which of the load's device pages."""
+    """Unique pages of one pool, and which slot (by position) of which side becomes which of the load's device pages."""
 
     pool: str
     space: Namespace
@@ -77,6 +77,7 @@ class _Piece:
     positions: NDArray[np.int64]
     targets: NDArray[np.int64]
     last: bool
+    side: Side | None = None
     slots: list[int] = field(default_factory=list)
     read: Completion | None = None
 
@@ -88,11 +89,11 @@ class Loads:
     """Runs loads in the order in which they are put."""
 
     def __init__(
-        self, store: TieredStore | FaultyStore, pools: Mapping[str, DevicePool], staging: Mapping[str, Staging],
-        copies: Copies, layers: int, counter: Any, on_end: Callable[[Load, Exception | None], None],
+        self, store: TieredStore | FaultyStore, pools: Mapping[str, DevicePool], sides: Sides, layers: int,
+        counter: Any, on_end: Callable[[Load, Exception | None], None],
     ) -> None:  # fmt: skip
         """counter: SGLang's LayerWiseLoadCounter. on_end: called on the thread when a load is over."""
-        self._store, self._pools, self._staging, self._copies = store, pools, staging, copies
+        self._store, self._pools, self._sides = store, pools, sides
         self._layers, self._counter, self._on_end = layers, counter, on_end
         self._queue: queue.Queue[Load | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="hicache-linker-load", daemon=True)
@@ -138,10 +139,15 @@ class Loads:
                 if piece.last:
                     held.append(flying.popleft())
                     continue
-                self._copies.load(self._part(piece, load, pages))
+                _side_of(piece).copies.load(self._part(piece, load, pages))
                 self._release(flying.popleft())
-            parts = [self._part(piece, load, pages) for piece in held]
-            self._copies.load_layers(parts, self._layers, partial(self._counter.complete, load.index))
+            # Layer by layer by one way at a time: pools whose last part came the other way are there before.
+            by_layers = _side_of(held[-1]) if held else self._sides.host
+            for piece in held:
+                if _side_of(piece) is not by_layers:
+                    _side_of(piece).copies.load(self._part(piece, load, pages))
+            parts = [self._part(piece, load, pages) for piece in held if _side_of(piece) is by_layers]
+            by_layers.copies.load_layers(parts, self._layers, partial(self._counter.complete, load.index))
         finally:
             for piece in (*flying, *held):
                 self._release(piece)
@@ -154,7 +160,7 @@ class Loads:
         numbers: dict[bytes, int] = {}
         position = np.array([numbers.setdefault(key, len(numbers)) for key in packed], np.int64)
         keys = list(numbers)
-        most = self._staging[name].part
+        most = self._sides.part(name)
         pieces = []
         for first in range(0, len(keys), most):
             targets = np.flatnonzero((position >= first) & (position < first + most))
@@ -165,7 +171,9 @@ class Loads:
 
     def _read(self, piece: _Piece, load: Load, wait: bool) -> bool:
         """Begin to read; False when there are no slots for now."""
-        staging = self._staging[piece.pool]
+        if piece.side is None:
+            piece.side = self._sides.for_read(self._store, KeyBatch(piece.space, piece.keys))
+        staging = piece.side.staging[piece.pool]
         slots = staging.take(len(piece), max(0.0, load.deadline - time.monotonic()) if wait else 0.0)
         if slots is None:
             if wait:
@@ -214,6 +222,11 @@ class Loads:
 
     def _release(self, piece: _Piece) -> None:
         """Nobody here uses these slots any more; the tier may, until its completion."""
-        staging, slots = self._staging[piece.pool], piece.slots
+        staging, slots = _side_of(piece).staging[piece.pool], piece.slots
         assert piece.read is not None
         piece.read.on_done(lambda _: staging.give(slots))
+
+
+def _side_of(piece: _Piece) -> Side:
+    assert piece.side is not None  # it is being read
+    return piece.side

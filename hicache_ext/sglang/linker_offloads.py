@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from hicache_ext.device.copies import Copies, Part
-from hicache_ext.device.slots import Staging
+from hicache_ext.device.copies import Part
+from hicache_ext.device.slots import PageSlots
 from hicache_ext.page import Namespace, chain_parents, pack_keys
 from hicache_ext.sglang.linker_planes import DevicePool
+from hicache_ext.sglang.linker_sides import Sides
 from hicache_ext.sglang.stats import AdapterStats
 from hicache_ext.store import NO_TIER, TieredStore
 from hicache_ext.store.inject import FaultyStore
@@ -68,10 +69,9 @@ class Offloads:
     """Runs offloads in the order in which they are put."""
 
     def __init__(
-        self, store: TieredStore | FaultyStore, pools: Mapping[str, DevicePool], staging: Mapping[str, Staging],
-        copies: Copies, counters: AdapterStats,
-    ) -> None:  # fmt: skip
-        self._store, self._pools, self._staging, self._copies = store, pools, staging, copies
+        self, store: TieredStore | FaultyStore, pools: Mapping[str, DevicePool], sides: Sides, counters: AdapterStats
+    ) -> None:
+        self._store, self._pools, self._sides = store, pools, sides
         self._counters = counters
         self._ordered: deque[Offload] = deque()
         self._dropping = False
@@ -171,7 +171,8 @@ class Offloads:
         pages = self._pools[name].page_numbers(leaving.indices)
         if len(pages) != len(whole):
             raise ValueError(f"{len(whole)} keys of pool {name} for {len(pages)} pages")
-        staging = self._staging[name]
+        side = self._sides.for_write(self._store)
+        staging = side.staging[name]
         for first in range(0, len(absent), staging.part):
             chosen = absent[first : first + staging.part]
             slots = self._slots(staging, len(chosen))
@@ -180,7 +181,7 @@ class Offloads:
                 self._counters.add("offload_dropped", len(absent) - first)
                 return
             try:
-                self._copies.store(Part(name, np.array(slots, np.int64), pages[chosen]))
+                side.copies.store(Part(name, np.array(slots, np.int64), pages[chosen]))
                 part = whole.only(chosen.tolist())
                 done = self._store.write(staging.batch(space, part.keys, part.parents, slots))
             except BaseException:
@@ -190,7 +191,7 @@ class Offloads:
                 offload.open += 1
             done.on_done(lambda done, slots=slots: self._written(offload, staging, slots, done))  # type: ignore[misc]
 
-    def _slots(self, staging: Staging, count: int) -> list[int] | None:
+    def _slots(self, staging: PageSlots, count: int) -> list[int] | None:
         """None: no slots come free, or a reset does not want to wait for them."""
         until = time.monotonic() + WRITE_SECONDS
         while not self._dropping and time.monotonic() < until:
@@ -199,7 +200,7 @@ class Offloads:
                 return slots
         return None
 
-    def _written(self, offload: Offload, staging: Staging, slots: list[int], done: Completion) -> None:
+    def _written(self, offload: Offload, staging: PageSlots, slots: list[int], done: Completion) -> None:
         staging.give(slots)
         outcomes = bytes(done.outcomes)
         for outcome in Outcome:

@@ -19,6 +19,7 @@ class LinkerOptions(BaseModel):
     """config: path of the file with `tiers` and the rest; empty where they stand beside these keys.
 
     staging_bytes: host memory between device pools and tiers, half of it for loads and half for offloads.
+    device_staging_bytes: as much in device memory, taken where a tier reaches that (gds).
     load_timeout: seconds that a load may take, and a second more for each GiB; SGLang aborts the requests of a load
     that takes longer.
     """
@@ -27,6 +28,7 @@ class LinkerOptions(BaseModel):
 
     config: str = ""
     staging_bytes: ByteSize = Field(default=ByteSize(512 << 20), ge=2 << 20)
+    device_staging_bytes: ByteSize = Field(default=ByteSize(128 << 20), ge=2 << 20)
     load_timeout: float = Field(default=10.0, gt=0)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,27 @@ def test_round_trip_under_sglang_s_cache(linker_on_cuda: Any, kind: str) -> None
         assert found.serve(tokens)["device"] == len(tokens)
         found.flush()
         assert found.serve(tokens) == {"device": 0, "loaded": len(tokens), "landed": True}
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla", "swa"])
+def test_pages_go_past_the_host(linker_on_cuda: Any, kind: str, tmp_path: Path) -> None:
+    """SGLang's own cache over CUDA pools and a gds tier; every layer's bytes are checked after the wait for it."""
+    linker_rig, rig = linker_on_cuda.linker_rig, linker_on_cuda.rig
+    extra = {"tiers": [{"type": "gds", "path": str(tmp_path / "tier"), "capacity": "256MiB"}]}
+    tokens = list(range(100, 100 + 20 * rig.PAGE))
+    with linker_rig.linked(kind=kind, extra=extra, slots=128) as found:
+        if found.linker.store.reads_to_device is None:
+            pytest.skip(f"no GPU-direct storage here: {found.linker.details()['tiers']['gds']['gds_reason']}")
+        assert found.linker.details()["copies"].startswith("block copies, slots on it; else block copies")
+        assert found.serve(tokens) == {"device": 0, "loaded": 0, "landed": True}
+        found.settle()
+        found.flush()
+        assert found.serve(tokens) == {"device": 0, "loaded": len(tokens), "landed": True}
+        tier = found.linker.details()["tiers"]["gds"]
+        print({name: tier[name] for name in ("gds_mode", "gds_way", "gds_unregistered", "stored", "pages_direct")})
+        found.linker.store.tiers[0].backend._out("a test")
+        found.flush()
+        assert found.serve(tokens) == {"device": 0, "loaded": len(tokens), "landed": True}, "through the host"
 
 
 def test_a_bad_page_fails_the_load_alone(linker_on_cuda: Any) -> None:

@@ -125,7 +125,7 @@ def plugin_linker_layers_are_waited_for_one_by_one() -> None:
 
     with linked(extra=fresh()) as found:
         stored(found)
-        copies, gate = found.linker._copies, threading.Semaphore(0)
+        copies, gate = found.linker._sides[0].host.copies, threading.Semaphore(0)
         original = copies.load_layers
 
         def gated(parts: Any, layers: int, arrived: Any) -> None:

@@ -31,7 +31,7 @@ def plain_linker_what_a_gpu_would_be_told_to_copy() -> None:
         with linked(kind=kind, extra=fresh(), layout=layout, slots=24) as found:
             draw = np.random.default_rng(1)
             for name, pool in found.linker._pools.items():
-                staging = found.linker._staging[0][name]
+                staging = found.linker._sides[0].host.staging[name]
                 memory = np.frombuffer(staging.view, np.uint8).reshape(staging.slots, -1)
                 buffers = [plane.buffer.view(torch.uint8) for plane in pool.planes]
                 for buffer in buffers:
@@ -52,7 +52,7 @@ def plain_linker_what_a_gpu_would_be_told_to_copy() -> None:
                         ctypes.memmove(to, from_, length)
 
                 memory[:] = 0xA5
-                found.linker._copies.store(part)
+                found.linker._sides[0].host.copies.store(part)
                 wanted = memory.copy()
                 memory[:] = 0xA5
                 for route in routes:
@@ -62,7 +62,7 @@ def plain_linker_what_a_gpu_would_be_told_to_copy() -> None:
                 originals = [buffer.clone() for buffer in buffers]
                 for buffer in buffers:
                     buffer.fill_(0x5A)
-                found.linker._copies.load(part)
+                found.linker._sides[0].host.copies.load(part)
                 loaded = [buffer.clone() for buffer in buffers]
                 for buffer in buffers:
                     buffer.fill_(0x5A)
@@ -178,7 +178,7 @@ def plain_linker_a_gpu_that_cannot_be_had() -> None:
             ways.append(device_copies.BlockCopies)  # the real one: this machine has no driver
         for way in ways:
             with changed(device_copies, TorchCopies=Torch, BlockCopies=way), logged() as lines:
-                chosen = device_copies.choose(pools, linker._staging)
+                chosen = device_copies.choose(pools, [sides.host.staging for sides in linker._sides])
             assert [one.name for one in chosen] == ["torch copies"] * 2
             assert len(lines.lines) == 1, lines.lines
             assert "no block copies (" in lines.lines[0], lines.lines
@@ -188,12 +188,14 @@ def plain_linker_memory_that_is_not_pinned() -> None:
     if not has_linker():
         return
     from hicache_ext.device import slots as device_slots
+    from hicache_ext.sglang import linker_sides
 
     with linked(extra=fresh()) as found:
         with changed(device_slots, pin=lambda *_: "cuMemHostRegister: error 2"), logged() as lines:
-            made = found.linker._slots(True)
+            pools = found.linker._pools
+            made = {"kv": linker_sides._host_slots(pools["kv"], pools, 4 << 20, True)}
         assert lines.count("is not pinned (cuMemHostRegister: error 2)") == 1, lines.lines
         made["kv"].close()
         if not torch.cuda.is_available():
             assert "no CUDA driver" in device_slots.pin(made["kv"].address, 4096)
-        assert found.linker._staging[0]["kv"].not_pinned
+        assert found.linker._sides[0].host.staging["kv"].not_pinned

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch")
 pytest.importorskip("hicache_ext._cuda", reason="not built")
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,9 @@ _EVERYWHERE = [
     "a_forked_process",
     "a_closed_tier_and_a_cancelled_batch",
     "a_file_that_goes_is_let_go_of",
+    "linker_pages_go_past_the_host",
+    "linker_a_bad_page_fails_its_load_alone",
+    "linker_with_a_tier_below_pages_are_written_through_the_host",
 ]
 #: Libraries that are there, what goes wrong with the driver and with cuFile -> cases.
 MACHINES: dict[tuple[str, str, str], list[str]] = {
