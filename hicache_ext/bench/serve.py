@@ -51,8 +51,8 @@ class Plan:
 class Course:
     """One subject's engine (or engines, one after the other: `engine` and `facts` may be exchanged between calls).
 
-    say: takes lines that the user should know, once each. expected: outputs after a device hit, by group; `read` needs
-    them, from `fill` or from a file.
+    say: takes lines that the user should know, once each. kept: called whenever `samples` has grown. expected: outputs
+    after a device hit, by group; `read` needs them, from `fill` or from a file.
     """
 
     subject: str
@@ -61,6 +61,7 @@ class Course:
     facts: Facts
     say: Callable[[str], None]
     progress: Callable[[str], None] = lambda _: None
+    kept: Callable[[], None] = lambda: None
     expected: dict[Group, list[list[int]]] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     _filled: bool = False
@@ -173,6 +174,7 @@ class Course:
         if tier in self.plan.tiers:
             cell = Cell(self.subject, tier, group.prompt_tokens, group.concurrency)
             self.samples.append(Sample(cell, found.replies, found.seconds, expected))
+            self.kept()
 
     def _push_out(self) -> bool:
         """Ask for more other tokens than device memory holds; they too stay in the host's."""

@@ -165,24 +165,36 @@ def losing(tier: Mapping[int, float], computing: Mapping[int, float]) -> list[Sp
     return spans
 
 
-def verdicts(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each subject, storage tier and concurrency: the lengths at which it loses to computing.
+#: Milliseconds by prompt tokens, by subject, tier and concurrency.
+Curves = Mapping[tuple[str, str, int], Mapping[int, float]]
 
-    Computing is the subject `recompute` where it was measured, else the subject's own prompts that nothing had cached.
-    Rows that did not come from their tier are left out.
-    """
-    curves: dict[tuple[str, str, int], dict[int, float]] = {}
+
+def curves(found: Sequence[Mapping[str, Any]]) -> Curves:
+    """Rows that did not come from their tier are left out."""
+    made: dict[tuple[str, str, int], dict[int, float]] = {}
     for row in found:
         if row["reached"] and row["ttft_ms"] is not None:
             key = (row["subject"], row["tier"], row["concurrency"])
-            curves.setdefault(key, {})[row["prompt_tokens"]] = row["ttft_ms"]
+            made.setdefault(key, {})[row["prompt_tokens"]] = row["ttft_ms"]
+    return made
+
+
+def computing(measured: Curves, subject: str, concurrency: int) -> tuple[str, Mapping[int, float]]:
+    """What computing takes: by the subject `recompute` where it was measured, else the subject's own prompts that
+    nothing had cached. Its name and its curve."""
+    against = "recompute" if ("recompute", "none", concurrency) in measured else subject
+    return against, measured.get((against, "none", concurrency), {})
+
+
+def verdicts(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each subject, storage tier and concurrency: the lengths at which it loses to computing."""
+    measured = curves(found)
     lines = []
-    for (subject, tier, concurrency), curve in curves.items():
+    for (subject, tier, concurrency), curve in measured.items():
         if tier not in STORAGE:
             continue
-        against = "recompute" if ("recompute", "none", concurrency) in curves else subject
-        computing = curves.get((against, "none", concurrency), {})
-        common = sorted(curve.keys() & computing.keys())
+        against, alone = computing(measured, subject, concurrency)
+        common = sorted(curve.keys() & alone.keys())
         if common:
             lines.append(
                 {
@@ -193,11 +205,23 @@ def verdicts(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "measured": [common[0], common[-1]],
                     "loses": [
                         {"from": round(span.first), "to": round(span.last), "open": list(span.at_edge)}
-                        for span in losing(curve, computing)
+                        for span in losing(curve, alone)
                     ],
                 }
             )
     return lines
+
+
+def against_cold(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each subject, how many outputs of cold prompts are not those after a device hit: what another order of sums
+    does to near ties, with no tier below the device in play."""
+    counts: dict[str, list[int]] = {}
+    for row in found:
+        if row["tier"] == Tier.NONE and row["identical"] is not None:
+            count = counts.setdefault(row["subject"], [0, 0])
+            count[0] += row["requests"]
+            count[1] += row["different"]
+    return [{"subject": name, "requests": all_, "different": some} for name, (all_, some) in counts.items()]
 
 
 def disk_bounds(

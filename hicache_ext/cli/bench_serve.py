@@ -121,7 +121,9 @@ def serve_command(
             json_file.parent.mkdir(parents=True, exist_ok=True)
             command = " ".join(["hicache-ext", *sys.argv[1:]])
             values = {"machine": about_machine, "command": command, "seed": drawn.seed, **report.values()}
-            json_file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            new = json_file.with_name(f".{json_file.name}.new")
+            new.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            new.replace(json_file)  # a run may be killed at any time, and what it had is to be whole
 
     try:
         state = State.load(state_file) if phase is Phase.read and state_file else None
@@ -138,7 +140,7 @@ def serve_command(
         with console.status("starting") as status:
             # Without a terminal the status is silent, and a log should tell where the run is.
             progress = status.update if console.is_terminal else line
-            talk = serve_run.Talk(report, line, progress)
+            talk = serve_run.Talk(report, line, progress, save)
             if url:
                 engine = SGLang(Client(url, timeout, api_key))
                 name = (subject or [state.subject if state else ""])[0]
@@ -149,16 +151,18 @@ def serve_command(
                 each = [
                     Launched(parse_subject(text), folder.absolute(), flags, capacity, timeout) for text in subject or ()
                 ]
-                serve_run.of_subjects(each, plan, rounds, trace, talk, save, _size(disk) if disk else 0)
+                serve_run.of_subjects(each, plan, rounds, trace, talk, _size(disk) if disk else 0)
     except (EngineError, StateError, SubjectError, TraceError) as error:
         line(f"bench serve: {error}")
         if report.samples:
             save()
         raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, SystemExit) as error:
         line("stopped; servers that were started are down")
         save()
-        raise typer.Exit(130) from error
+        if report.samples:
+            _show(report.values(), out)
+        raise typer.Exit(error.code if isinstance(error, SystemExit) else 130) from error  # type: ignore[arg-type]
     save()
     values = report.values()
     _show(values, out)
@@ -229,6 +233,13 @@ def _show(values: dict[str, Any], out: Console) -> None:
             f"disk ({bound['disk_ms']:,.0f} ms) and a host hit take together",
             highlight=False,
         )
+    for cold in values["against_cold"]:
+        out.print(
+            f"{cold['subject']}: {cold['different']} of {cold['requests']} cold outputs differ from a device hit's",
+            highlight=False,
+        )
+    for goal in values["goals"]:
+        out.print(goal["goal"], highlight=False)
     for name, about in values["subjects"].items():
         if about.get("ram_backed"):
             out.print(f"{name}: its storage lies in memory ({about['file_system']}), standing in for a fast disk.")

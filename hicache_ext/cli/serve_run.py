@@ -17,9 +17,10 @@ from hicache_ext.bench.serve import Course, Plan, drop_page_cache, storage_tiers
 from hicache_ext.bench.serve_client import EngineError
 from hicache_ext.bench.serve_disk import read_gb_per_s
 from hicache_ext.bench.serve_engines import Engine, Facts
+from hicache_ext.bench.serve_goals import goals
 from hicache_ext.bench.serve_matrix import Draw, Group, Tier, TraceRequest
 from hicache_ext.bench.serve_state import State
-from hicache_ext.bench.serve_summary import Sample, disk_bounds, rows, verdicts
+from hicache_ext.bench.serve_summary import Sample, against_cold, disk_bounds, rows, verdicts
 from hicache_ext.cli.serve_subjects import RECOMPUTE, Launched
 from hicache_ext.cli.serving import ServerFailed
 
@@ -54,24 +55,37 @@ class Report:
     def values(self) -> dict[str, Any]:
         """What the result file holds, besides machine and command."""
         found = self.rows()
-        speeds = {name: about["read_gb_per_s"] for name, about in self.about.items() if about.get("read_gb_per_s")}
         matrix = [row for row in found if "pass" not in row]
+        bounds = disk_bounds(matrix, self.speeds(), self.kv_bytes)
+        in_memory = {name for name, about in self.about.items() if about.get("ram_backed")}
         return {
             "subjects": self.about,
             "rows": found,
             "crossover": verdicts(matrix),
-            "against_disk": disk_bounds(matrix, speeds, self.kv_bytes),
+            "against_disk": bounds,
+            "against_cold": against_cold(matrix),
+            "goals": [goal.row() for goal in goals(matrix, bounds, in_memory)],
             "notes": self.notes,
         }
+
+    def speeds(self) -> dict[str, float]:
+        """For each subject, the most that plain reads of its file system gave in this run: a disk's speed varies."""
+        measured = [about for about in self.about.values() if about.get("read_gb_per_s")]
+        best: dict[str, float] = {}
+        for about in measured:
+            mount = about["file_system"]
+            best[mount] = max(best.get(mount, 0.0), about["read_gb_per_s"])
+        return {name: best[about["file_system"]] for name, about in self.about.items() if about in measured}
 
 
 @dataclass
 class Talk:
-    """Where lines go. say: once each, kept in the result. progress: what is going on now."""
+    """Where lines go. say: once each, kept in the result. progress: what is going on now. save: writes the report."""
 
     report: Report
     line: Callable[[str], None]
     progress: Callable[[str], None]
+    save: Callable[[], None] = lambda: None
 
     def say(self, text: str) -> None:
         if text not in self.report.notes:
@@ -100,7 +114,7 @@ def of_url(
     has = {Tier.NONE, Tier.DEVICE} | ({Tier.HOST} if facts.host else set()) | (set(storage) if facts.storage else set())
     for lacking in sorted(plan.tiers - has):
         talk.say(f"{name}: {lacking} left out: the engine has no such tier")
-    course = Course(name, replace(plan, tiers=plan.tiers & has), engine, facts, talk.say, talk.progress)
+    course = _course(name, replace(plan, tiers=plan.tiers & has), engine, facts, talk, talk.progress)
     tier: Tier | None = storage[0] if storage and facts.storage else None
     talk.report.about[name] = _about(facts, tier)
     if read_from is not None:
@@ -109,8 +123,7 @@ def of_url(
         course.expected = read_from.expected
         talk.report.other_rows += read_from.rows
         course.warm_up(restarted=True)
-        found = tier
-        _measured(course, talk.report, lambda: course.read(found))
+        course.read(tier)
     elif trace is not None:
         course.warm_up()
         _replay(course, trace, talk, tier or Tier.LOCAL, lambda: engine.flush())
@@ -123,7 +136,7 @@ def of_url(
             def then(group: Group) -> None:
                 course.flush_and_read(chosen, group)
 
-        _measured(course, talk.report, lambda: course.fill(then))
+        course.fill(then)
         if fill_to is not None:
             talk.progress("waiting for the storage tier")
             engine.flush()  # succeeds when nothing is on its way any more
@@ -136,7 +149,6 @@ def of_subjects(
     rounds: int,
     trace: Trace | None,
     talk: Talk,
-    save: Callable[[], None],
     disk_bytes: int = 0,
 ) -> None:
     """Start each subject's servers in turn, another one first each round; what fails is left out and said.
@@ -157,7 +169,7 @@ def of_subjects(
                     _one(each, drawn, trace, talk, disk_bytes)
             except (ServerFailed, EngineError, OSError) as error:
                 talk.say(f"{name}: stopped: {error}")
-            save()
+            talk.save()
 
 
 def _one(each: Launched, plan: Plan, trace: Trace | None, talk: Talk, disk_bytes: int) -> None:
@@ -182,7 +194,7 @@ def _one(each: Launched, plan: Plan, trace: Trace | None, talk: Talk, disk_bytes
     first = storage[0] if storage else Tier.LOCAL
     about = {**_about(facts, first if storage else None), **each.describe()}
     talk.report.about[name] = {**about, **({"read_gb_per_s": speed} if speed else {})}
-    course = Course(name, replace(plan, tiers=plan.tiers & each.subject.tiers), engine, facts, talk.say, progress)
+    course = _course(name, replace(plan, tiers=plan.tiers & each.subject.tiers), engine, facts, talk, progress)
 
     def restart() -> None:
         course.engine.flush()  # succeeds when nothing is on its way to the storage tier any more
@@ -196,14 +208,13 @@ def _one(each: Launched, plan: Plan, trace: Trace | None, talk: Talk, disk_bytes
     if trace is not None:
         _replay(course, trace, talk, first, restart)
         return
-    _measured(course, talk.report, course.fill)
+    course.fill()
     for tier in storage:
         if tier is Tier.REMOTE and (problem := _forget(course, each)):
             talk.say(f"{name}: remote left out: {problem}")
             continue
         restart()
-        chosen = tier
-        _measured(course, talk.report, lambda chosen=chosen: course.read(chosen))  # type: ignore[misc]
+        course.read(tier)
 
 
 def _forget(course: Course, each: Launched) -> str:
@@ -212,13 +223,9 @@ def _forget(course: Course, each: Launched) -> str:
     return each.forget_local()
 
 
-def _measured(course: Course, report: Report, ask: Callable[[], None]) -> None:
-    """Keeps what was measured even where asking ended early."""
-    try:
-        ask()
-    finally:
-        report.samples += course.samples
-        course.samples = []
+def _course(name: str, plan: Plan, engine: Engine, facts: Facts, talk: Talk, progress: Callable[[str], None]) -> Course:
+    """What it measures is the report's at once, and saved: however the run ends, that much is there."""
+    return Course(name, plan, engine, facts, talk.say, progress, talk.save, samples=talk.report.samples)
 
 
 def _replay(course: Course, trace: Trace, talk: Talk, storage: Tier, empty_memory: Callable[[], None]) -> None:

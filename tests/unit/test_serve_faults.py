@@ -7,6 +7,9 @@ in a "storage" that it does not, and misbehaves on command: nothing real can be 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -243,3 +246,42 @@ def test_an_engine_that_goes_away_ends_the_run_with_a_line(fake: Fake, tmp_path:
     done, _ = run(fake, tmp_path / "r.json")
     assert done.exit_code == 1
     assert "status 500" in done.output.strip().splitlines()[-1]
+
+
+def test_what_was_measured_is_written_while_the_run_goes_on(fake: Fake, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    seen: list[int] = []
+    fake.fault = dict.fromkeys(range(7, 9), "silence")  # the second length, whose first begins after the warm-up's four
+
+    def watch() -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and fake.asked < 8:
+            time.sleep(0.05)
+        seen.append(len(json.loads(result.read_text())["rows"]) if result.exists() else 0)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    done, rows = run(fake, result, "--length", "200", "--requests", "1")
+    thread.join()
+    assert done.exit_code == 0, done.output
+    assert len(rows) == 6
+    assert seen == [3], "the first length's rows"
+
+
+def test_a_run_that_is_stopped_shows_what_it_had(fake: Fake, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    fake.fault = dict.fromkeys(range(7, 99), "silence")
+    command = [sys.executable, "-m", "hicache_ext.cli.main", "bench", "serve", "--url", fake.url, "--json", str(result)]
+    process = subprocess.Popen(
+        [*command, "--length", "100", "--length", "200", "--requests", "1"], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while fake.asked < 8 and time.monotonic() < until:
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped; servers that were started are down" in said
+    assert said.count("stock-file") >= 3, said
+    assert len(json.loads(result.read_text())["rows"]) == 3

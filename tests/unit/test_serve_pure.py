@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from hicache_ext.bench.serve_client import Client, EngineError, Reply
 from hicache_ext.bench.serve_engines import SGLang, metric
+from hicache_ext.bench.serve_goals import goals
 from hicache_ext.bench.serve_matrix import Draw, Group, Tier, fillers, from_trace, groups, too_large
 from hicache_ext.bench.serve_state import State, StateError
 from hicache_ext.bench.serve_summary import (
     Cell,
     Sample,
     Span,
+    against_cold,
     disk_bounds,
     losing,
     percentile,
@@ -27,6 +29,7 @@ from hicache_ext.bench.serve_summary import (
 )
 from hicache_ext.bench.serve_trace import most_from, pass_line, trace_rows
 from hicache_ext.bench.trace import TraceError
+from hicache_ext.cli.serve_run import Report
 from hicache_ext.cli.serve_subjects import Launched, Subject, SubjectError, parse_subject, split_flags
 
 # ---- percentiles
@@ -119,6 +122,53 @@ def test_a_disk_bound_is_bytes_over_speed_and_a_host_hit() -> None:
     (bound,) = disk_bounds(found, {"ours": 2.0}, 40_000)
     assert (bound["disk_ms"], bound["disk_and_host_hit_ms"], bound["ratio"]) == (20.0, 25.0, 1.2)
     assert disk_bounds(found, {"ours": 2.0}, 0) == []
+
+
+def test_goals_of_a_disk_and_of_memory_in_its_place() -> None:
+    same = {"identical": True, "different": 0, "requests": 2}
+    found = [
+        cell("ours", "none", 32768, 1000.0, **{**same, "identical": False, "different": 2}),
+        cell("ours", "host", 32768, 100.0, **same),
+        cell("ours", "local", 32768, 1300.0, **same),
+        cell("ours-ram", "none", 8192, 100.0, **same),
+        cell("ours-ram", "local", 8192, 90.0, **same),
+        cell("ours-ram", "none", 32768, 1000.0, **same),
+        cell("ours-ram", "local", 32768, 410.0, **{**same, "identical": False, "different": 1}),
+        cell("stock-file", "none", 32768, 900.0, **same),
+        cell("stock-file", "local", 32768, 9000.0, **same),
+    ]
+    bounds = disk_bounds(found, {"ours": 2.0, "ours-ram": 50.0, "stock-file": 2.0}, 61_035)
+    said = [goal.line() for goal in goals(found, bounds, {"ours-ram"})]
+    assert said == [
+        "ours, 32,768 tokens from the disk: 1.18 of its plain reads and a host hit (goal: at most 1.2): met",
+        "ours-ram, 32,768 tokens from memory in place of a disk: 0.41 of computing them (ours-ram) "
+        "(goal: at most 0.4): MISSED",
+        "ours: 0 of 4 outputs differ from a device hit's (goal: at most 0): met",
+        "ours-ram: 1 of 4 outputs differ from a device hit's (goal: at most 0): MISSED",
+    ]
+    recomputed = goals([*found, cell("recompute", "none", 32768, 2000.0, **same)], [], {"ours-ram"})
+    assert (
+        next(recomputed)
+        .line()
+        .startswith("ours-ram, 32,768 tokens from memory in place of a disk: 0.205 of computing them (recompute)")
+    )
+    assert against_cold(found) == [
+        {"subject": "ours", "requests": 2, "different": 2},
+        {"subject": "ours-ram", "requests": 4, "different": 0},
+        {"subject": "stock-file", "requests": 2, "different": 0},
+    ]
+
+
+def test_subjects_on_one_disk_are_held_against_its_best() -> None:
+    report = Report(
+        about={
+            "ours": {"file_system": "ext4 on /dev/vda", "read_gb_per_s": 1.2},
+            "stock-file": {"file_system": "ext4 on /dev/vda", "read_gb_per_s": 1.7},
+            "ours-ram": {"file_system": "tmpfs", "read_gb_per_s": 50.0},
+            "recompute": {},
+        }
+    )
+    assert report.speeds() == {"ours": 1.7, "stock-file": 1.7, "ours-ram": 50.0}
 
 
 # ---- rows
