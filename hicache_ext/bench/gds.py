@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,21 @@ class Plan:
 QUICK = Plan((256 << 10, 8 << 20), 64 << 20, 3)
 
 
-def run(folder: Path, plan: Plan, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Rows of every cell; what was decided about cuFile, by way. NotHere, RuntimeError when a page is wrong."""
-    rows: list[dict[str, Any]] = []
-    decisions: dict[str, str] = {}
+@dataclass
+class Result:
+    """rows: of every cell. decisions: about cuFile, by way."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    decisions: dict[str, str] = field(default_factory=dict)
+
+
+def run(folder: Path, plan: Plan, result: Result, say: Callable[[str], None]) -> None:
+    """Cell by cell into `result`. NotHere, RuntimeError when a page is wrong."""
     for page in plan.pages:
         for way in plan.ways:
             with Cell(folder / f"{page}-{way}", page, max(1, plan.bytes // page), way) as cell:
                 decision = cell.backend.decision
-                decisions[way] = str(decision)
+                result.decisions[way] = str(decision)
                 if decision.mode is Mode.STAGING:
                     raise NotHere(decision.why)
                 subjects: list[Subject] = [Ours(cell), CuFile(cell)]
@@ -56,10 +62,9 @@ def run(folder: Path, plan: Plan, say: Callable[[str], None]) -> tuple[list[dict
                 say(f"{page >> 10} KiB, {way}: filling")
                 cell.fill()
                 say(f"{page >> 10} KiB, {way}: measuring")
-                rows += _measure(cell, subjects, plan.rounds)
+                result.rows += _measure(cell, subjects, plan.rounds)
                 for subject in subjects:
                     subject.close()
-    return rows, decisions
 
 
 def check(cell: Cell, subjects: Sequence[Subject]) -> None:

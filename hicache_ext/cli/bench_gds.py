@@ -41,11 +41,14 @@ def gds_command(
             raise typer.BadParameter(f"{name!r} is none of {', '.join(_WAYS)}", param_hint="--way")
     plan = gds.QUICK if quick else gds.Plan()
     plan = replace(plan, rounds=rounds or plan.rounds, ways=tuple(way or plan.ways), bytes=_bytes(size, plan.bytes))
+    result = gds.Result()
     try:
         device = open_device()
         about = machine.facts(path) | {"gpu": device.name}
         with console.status("starting") as status, tempfile.TemporaryDirectory(dir=path, prefix=".bench-gds-") as made:
-            rows, decisions = gds.run(Path(made), plan, status.update)
+            gds.run(Path(made), plan, result, status.update)
+    except KeyboardInterrupt:
+        console.print("interrupted; measured until then:")
     except (CudaUnavailable, gds.NotHere) as error:
         console.print(f"bench gds needs a GPU and cuFile: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
@@ -56,13 +59,15 @@ def gds_command(
         console.print(f"bench gds failed: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     for op in ("read", "write"):
-        out.print(_table([row for row in rows if row["op"] == op], op))
-    for name, decision in decisions.items():
+        out.print(_table([row for row in result.rows if row["op"] == op], op))
+    for name, decision in result.decisions.items():
         out.print(f"{name}: {decision}", markup=False, highlight=False, soft_wrap=True)
     out.print(", ".join(f"{name} {value}" for name, value in about.items()), soft_wrap=True, highlight=False)
     if json_file is not None:
         command = " ".join(["hicache-ext", *sys.argv[1:]])
-        json_file.write_text(lines({"machine": about, "command": command, "gds": decisions, "rows": rows}) + "\n")
+        json_file.write_text(
+            lines({"machine": about, "command": command, "gds": result.decisions, "rows": result.rows}) + "\n"
+        )
 
 
 def _bytes(text: str | None, usual: int) -> int:
