@@ -58,16 +58,16 @@ def gds_command(
     except (CopyError, RuntimeError) as error:
         console.print(f"bench gds failed: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    for op in ("read", "write"):
-        out.print(_table([row for row in result.rows if row["op"] == op], op))
-    for name, decision in result.decisions.items():
-        out.print(f"{name}: {decision}", markup=False, highlight=False, soft_wrap=True)
-    out.print(", ".join(f"{name} {value}" for name, value in about.items()), soft_wrap=True, highlight=False)
     if json_file is not None:
         command = " ".join(["hicache-ext", *sys.argv[1:]])
         json_file.write_text(
             lines({"machine": about, "command": command, "gds": result.decisions, "rows": result.rows}) + "\n"
         )
+    for op in ("read", "write"):
+        out.print(_table([row for row in result.rows if row["op"] == op], op))
+    for name, decision in result.decisions.items():
+        out.print(f"{name}: {decision}", markup=False, highlight=False, soft_wrap=True)
+    out.print(", ".join(f"{name} {value}" for name, value in about.items()), soft_wrap=True, highlight=False)
 
 
 def _bytes(text: str | None, usual: int) -> int:
