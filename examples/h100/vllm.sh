@@ -1,16 +1,16 @@
 #!/bin/bash
 # vLLM on one GPU with our connector: right or wrong, times beside vLLM's OffloadingConnector and LMCache, and pages that
-# SGLang and vLLM read of each other. About 4 minutes with 16 processors.
+# SGLang and vLLM read of each other. About 5 minutes with 16 processors.
 #
-#     vllm.sh RESULTS            all that the environments below can run; a table at the end, files in RESULTS
+#     vllm.sh RESULTS [all|own|exchange]      own: without SGLang. exchange: the pages that are shared, and no times.
 #
 # VLLM: the command that starts a python with vLLM 0.25 or later and hicache-ext. SGLANG: one with SGLang 0.5.17 and
-# hicache-ext; empty: no exchange. WORK: a folder for models (a GB). FAST: a folder on a fast disk, or in memory as by
-# default: /dev/shm, 30 GB. LMCACHE=0: without it. ATTENTION: vLLM's attention backend, its own choice by default.
+# hicache-ext. WORK: a folder for models. FAST: a folder on a fast disk, or in memory as by default: /dev/shm, 24 GB.
+# LMCACHE=0: without it. ATTENTION: vLLM's attention backend, its own choice by default.
 # ARGUMENTS, SGLANG_ARGUMENTS: JSON of further arguments of the engines.
 set -uo pipefail
-results=$(realpath -m "$1") work=${WORK:-/tmp/bench-vllm} here=$(dirname "$(realpath "$0")")
-vllm=${VLLM:-python3} sglang=${SGLANG:-}
+results=$(realpath -m "$1") part=${2:-all} work=${WORK:-/tmp/bench-vllm} here=$(dirname "$(realpath "$0")")
+vllm=${VLLM:-python3} sglang=${SGLANG:-python3}
 export FAST=${FAST:-/dev/shm} OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 rm -rf "$work" "$FAST/hicache-vllm"
 mkdir -p "$results" "$work" "$FAST/hicache-vllm"
@@ -40,7 +40,6 @@ go() { # ROLE SECONDS: its turn, and wait for its end
   await "$work/$1.json" "$1" "$2" && say "$1 is done"
 }
 share() { # PHASE SECONDS: SGLang's half
-  [ -n "$sglang" ] || return 0
   timeout -k 5 "$(left "$2")" $sglang "$here/share_sglang.py" "$1" "$work" > "$results/sglang-$1.log" 2>&1
   [ -f "$work/sglang-$1.json" ] && say "sglang $1 done" || say "sglang $1 NOT done: $(tail -n 2 "$results/sglang-$1.log" | tr '\n' ' ')"
 }
@@ -48,28 +47,28 @@ tables() { python3 "$here/vllm_report.py" "$work" "$results/vllm.json" | tee "$r
 
 timeout 60 $vllm "$here/vllm_engine.py" models "$work" || exit 1
 say "models are there"
-small=(small-plain small-first small-second small-share)
-start "${small[@]}" large-plain large-ours large-offloading
-share alone 120 & alone=$!
-share first 120 & first=$!
-ready 120 "${small[@]}"
-wait $alone $first
-for role in small-plain small-first small-second; do go $role 25; done
-go small-share 25
-share second 100 & second=$!
-wait $second
-ready 30 large-plain large-ours large-offloading
-go large-plain 40
-go large-ours 70
-go large-offloading 45
-start large-local
-[ "${LMCACHE:-1}" = 1 ] && start large-lmcache
-ready 75 large-local
-go large-local 25
-if [ "${LMCACHE:-1}" = 1 ]; then
-  ready 30 large-lmcache
-  go large-lmcache 45
+case $part in
+all) small=(small-plain small-first small-second small-share) ;;
+own) small=(small-plain small-first small-second) ;;
+exchange) small=(small-plain small-share) ;;
+*) echo "no part is called $part: all, own, exchange" >&2; exit 2 ;;
+esac
+large=(large-plain large-ours large-offloading)
+[ "${LMCACHE:-1}" = 1 ] && large+=(large-lmcache)
+[ "$part" = exchange ] && large=()
+start "${small[@]}" "${large[@]}"
+if [ "$part" != own ]; then
+  share alone 120 & alone=$!
+  share first 120 & first=$!
+  wait $alone $first
 fi
+ready 120 "${small[@]}"
+for role in "${small[@]}"; do go "$role" 25; done
+if [ "$part" != own ]; then
+  share second 100
+fi
+ready 60 "${large[@]}"
+for role in "${large[@]}"; do go "$role" 60; done
 kill "${pid[@]}" 2> /dev/null
 wait
 rm -rf "$FAST/hicache-vllm"

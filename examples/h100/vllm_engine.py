@@ -202,7 +202,7 @@ class Engine:
         return self.blocks - self.pool.get_num_free_blocks()
 
     def counts(self) -> dict[str, int]:
-        return dict(self.connector._worker.counts())
+        return dict(self.connector._worker.counts()) if self.connector_name == "ours" else {}
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
@@ -286,20 +286,29 @@ def warm(engine: Engine) -> None:
     engine.ask(*[large(f"warm {i}", 64) for i in range(16)])
 
 
-def times(engine: Engine, kinds: list[str]) -> list[dict[str, Any]]:
-    """Rows. kinds: computed, device (the device's own cache), host (the connector, the device's cache emptied)."""
+def times(engine: Engine, kinds: list[str]) -> dict[str, Any]:
+    """Rows, and what our connector counted, by kind.
+
+    kinds: computed, device (the device's own cache), host (the connector, the device's cache emptied), local (ours, the
+    tier in memory emptied as well).
+    """
     rows: dict[tuple[int, int, str], dict[str, Any]] = {}
+    counted: dict[str, dict[str, int]] = {}
     for kind in kinds:
-        if kind == "host":
+        if kind in ("host", "local"):
             engine.settle()
             engine.forget()
+        if kind == "local":
+            engine.connector._store.tiers[0].backend.clear(engine.connector._worker.spaces)
+        before = engine.counts()
         for length, turns in LENGTHS.items():
             for turn in range(turns):
                 (row,) = engine.ask(large(f"{length} {turn}", length))
                 rows[length, turn, kind] = {"kind": kind, "tokens": length, "turn": turn, **row}
                 if kind != "device":
                     rows[length, turn, kind]["settle_ms"] = round(engine.settle() * 1e3, 1)
-    return list(rows.values())
+        counted[kind] = {name: number - before.get(name, 0) for name, number in engine.counts().items()}
+    return {"rows": list(rows.values()), "counted": counted}
 
 
 def decode(engine: Engine, label: str) -> dict[str, list[float]]:
@@ -320,9 +329,8 @@ def timed(kinds: list[str], tokens_too: bool) -> Callable[[Engine], dict[str, An
         found: dict[str, Any] = {}
         if tokens_too:
             found["decode_ms"] = decode(engine, "first")
-        found["rows"] = times(engine, kinds)
+        found |= times(engine, kinds)
         if engine.connector_name == "ours":
-            found["counts"] = engine.counts()
             found["copies"] = copies(engine)
         if tokens_too:
             found["decode_again_ms"] = decode(engine, "again")
@@ -378,7 +386,8 @@ def copies(engine: Engine) -> dict[str, Any]:
     return found
 
 
-MEMORY = {"type": "memory", "capacity": os.environ.get("HOST", "28GiB"), "threads": 8}
+MEMORY = {"type": "memory", "capacity": os.environ.get("HOST", "24GiB"), "threads": 8}
+BELOW = {**shm("large", "24GiB"), "promote": "never"}
 LMCACHE = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 OFFLOADING = {
     "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
@@ -393,8 +402,7 @@ ROLES: dict[str, tuple[str, str, Any, Callable[[Engine], dict[str, Any]]]] = {
     "small-second": ("small", "ours", ours([shm("small", "4GiB")]), small_second),
     "small-share": ("small", "ours", ours([shm("shared", "4GiB")], **SHARED), small_share),
     "large-plain": ("large", "none", None, timed(["computed", "device"], True)),
-    "large-ours": ("large", "ours", ours([MEMORY, shm("large", "24GiB")]), timed(["computed", "host"], True)),
-    "large-local": ("large", "ours", ours([shm("large", "24GiB")]), timed(["host"], False)),
+    "large-ours": ("large", "ours", ours([MEMORY, BELOW]), timed(["computed", "host", "local"], True)),
     "large-offloading": ("large", "offloading", OFFLOADING, timed(["computed", "host"], False)),
     "large-lmcache": ("large", "lmcache", LMCACHE, timed(["computed", "host"], False)),
 }
@@ -406,6 +414,8 @@ def main() -> None:
         models(work)
         return
     model, connector, transfer, run = ROLES[role]
+    if connector == "lmcache":
+        os.environ.update(LMCACHE_LOCAL_CPU="True", LMCACHE_MAX_LOCAL_CPU_SIZE="16", LMCACHE_CHUNK_SIZE="256")
     since = time.monotonic()
     engine = Engine(work / model, connector, transfer, model == "large")
     started = round(time.monotonic() - since, 1)

@@ -80,20 +80,16 @@ for batch in ("1", "16"):
         )
 
 print("== GB/s")
-for role in ("large-ours", "large-local"):
-    counts = part(role, "counts") or {}
+for kind, counts in (part("large-ours", "counted") or {}).items():
     for what in ("load", "save"):
-        if counts.get(f"{what}_us"):
-            size = counts.get(f"{what}_bytes", 0)
-            on_device = counts.get(f"{what}_device_us", 0)
+        size, whole, on_device = (counts.get(f"{what}_{name}", 0) for name in ("bytes", "us", "device_us"))
+        if size and whole and on_device:
             print(
-                f"{role} {what}: {size / 1e9:.2f} GB, {size / counts[f'{what}_us'] / 1e3:.2f} GB/s from start to end, "
-                f"{size / on_device / 1e3 if on_device else 0:.2f} GB/s between slots and blocks"
+                f"{kind} {what}: {size / 1e9:.2f} GB, {size / whole / 1e3:.2f} GB/s from start to end, "
+                f"{size / on_device / 1e3:.2f} GB/s between slots and blocks"
             )
-    if counts:
-        print(role, {name: number for name, number in counts.items() if not name.endswith("_us")})
-    if part(role, "copies"):
-        print(role, part(role, "copies"))
+    print(kind, {name: number for name, number in counts.items() if number and not name.endswith("_us")})
+print(part("large-ours", "copies"))
 for role, found in every.items():
     if "error" in found:
         print(f"FAILED {role}: {found['error'].splitlines()[-1] if found['error'] else ''}")

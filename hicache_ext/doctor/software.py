@@ -10,12 +10,12 @@ import os
 import platform
 import sys
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import hicache_ext
 from hicache_ext.doctor.finding import Finding, error, ok, warning
 from hicache_ext.sglang import versions
+from hicache_ext.vllm import versions as vllm_versions
 from storage_backends import checksum
 
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "hicache_ext"
@@ -23,8 +23,6 @@ PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "hicache_ext"
 #: io_uring with what the engines use; and the first with deferred task work and STATX_DIOALIGN.
 _KERNEL_OLDEST, _KERNEL_GOOD = (5, 6), (6, 1)
 _REBUILD = "apt install g++, then reinstall hicache-ext from its source: pip install --force-reinstall --no-deps ."
-#: As in the extra `vllm`.
-_VLLM_OLDEST = (0, 11, 0)
 
 
 def installed(package: str) -> str:
@@ -73,18 +71,15 @@ def sglang(found: str) -> Finding:
     return ok("sglang", f"{found} (supported: {oldest} to {newest})")
 
 
-def vllm(found: str, adapter: bool | None = None) -> Finding:
-    """adapter: whether this hicache-ext has one."""
-    has_adapter = find_spec("hicache_ext.vllm") is not None if adapter is None else adapter
-    oldest = ".".join(map(str, _VLLM_OLDEST))
+def vllm(found: str) -> Finding:
+    oldest, newest = (".".join(map(str, bound)) for bound in (vllm_versions.OLDEST, vllm_versions.NEWEST))
     if not found:
         return ok("vllm", "not installed in this environment")
-    if not has_adapter:
-        return ok("vllm", f"{found}; this version of hicache-ext has no adapter for it")
-    release = versions.release(found)
-    if release and release < _VLLM_OLDEST:
-        return error("vllm", f"{found}; supported: {oldest} and newer", "pip install 'hicache-ext[vllm]'")
-    return ok("vllm", f"{found} (supported: {oldest} and newer)")
+    try:
+        vllm_versions.check(found)
+    except vllm_versions.UnsupportedVersion:
+        return error("vllm", f"{found}; supported: {oldest} to {newest}", "pip install 'hicache-ext[vllm]'")
+    return ok("vllm", f"{found} (supported: {oldest} to {newest})")
 
 
 def engines_installed(sglang_version: str, vllm_version: str) -> list[Finding]:

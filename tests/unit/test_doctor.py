@@ -106,10 +106,14 @@ def test_sglang_versions(version: str, level: str) -> None:
     assert "0.5.17 to 0.5.23" in finding.text
 
 
-def test_vllm_versions() -> None:
-    assert software.vllm("0.10.2", adapter=True).level is Level.ERROR
-    assert software.vllm("0.11.0", adapter=True).level is Level.OK
-    assert "no adapter" in software.vllm("0.11.0", adapter=False).text
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [("", "ok"), ("0.24.2", "error"), ("0.25.0", "ok"), ("0.32.0+cpu", "ok"), ("0.33.0", "error"), ("odd", "error")],
+)
+def test_vllm_versions(version: str, level: str) -> None:
+    finding = software.vllm(version)
+    assert finding.level == level
+    assert "0.25 to 0.32" in finding.text or not version
 
 
 def test_an_environment_without_an_engine_is_a_warning() -> None:
