@@ -199,10 +199,11 @@ def _one(each: Launched, plan: Plan, trace: Trace | None, talk: Talk, disk_bytes
     def restart() -> None:
         course.engine.flush()  # succeeds when nothing is on its way to the storage tier any more
         each.stop()
-        if problem := drop_page_cache():
-            talk.say(f"{name}: {problem}")
         course.engine, course.facts = each.start(progress)
         course.warm_up(restarted=True)
+        # Last, so that what a server wrote through the page cache is on the disk by now, and nothing came back since.
+        if problem := drop_page_cache():
+            talk.say(f"{name}: {problem}")
 
     course.warm_up()
     if trace is not None:
