@@ -23,7 +23,7 @@ from hicache_ext.page import Namespace, PageLayout
 from hicache_ext.vllm import events, identity, sharing, stores, versions
 from hicache_ext.vllm.blocks import Blocks, UnsupportedLayout, blocks_of
 from hicache_ext.vllm.device_blocks import DeviceBlocks, own_blocks
-from hicache_ext.vllm.device_moves import DeviceMoves
+from hicache_ext.vllm.device_moves import DeviceMoves, objection
 from hicache_ext.vllm.metadata import StepMetadata, WorkerMetadata, WorkerReport
 from hicache_ext.vllm.moves import HostMoves, Moves
 from hicache_ext.vllm.scheduler import SchedulerHalf
@@ -89,6 +89,8 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
         device = str(next(iter(kv_caches.values())).device.type)
         if device not in ("cpu", "cuda"):
             raise UnsupportedLayout(f"hicache_ext: KV blocks on {device} are not supported, only a CPU's and a GPU's")
+        if device != "cpu" and (reason := objection(config)):
+            raise UnsupportedLayout(f"hicache_ext: {reason}")
         from vllm.distributed import get_pp_group, get_tp_group
 
         rank = identity.rank_of(config, get_tp_group().rank_in_group, get_pp_group().rank_in_group)

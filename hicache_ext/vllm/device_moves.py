@@ -87,6 +87,17 @@ class DeviceMoves:
                 staging.close()
 
 
+def objection(vllm_config: Any) -> str:
+    """Why blocks on a device cannot be used under this configuration, and the fix; "" where they can."""
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        # Between two steps, with pages on their way; the device would meet addresses that are nobody's.
+        return (
+            "enable_sleep_mode: vLLM's sleep discards blocks that pages may be copied from or to at that moment. "
+            "Fix: start vLLM without --enable-sleep-mode"
+        )
+    return ""
+
+
 class _Nothing:
     """Of a device that is host memory: whatever was asked of it has happened."""
 

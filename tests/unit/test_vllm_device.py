@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from hicache_ext.vllm.blocks import UnsupportedLayout  # noqa: E402
+from hicache_ext.vllm.device_moves import objection  # noqa: E402
 from storage_backends.base import Completion, Outcome  # noqa: E402
 from tests import device_blocks as rig  # noqa: E402
 from tests.device_blocks import BLOCKS, LAYOUTS, TOKENS, Case, opened  # noqa: E402
@@ -293,6 +295,12 @@ def test_units_by_definition() -> None:
                     view = rig.halves(case.tensors[0], rig.SHAPE)[0]
                     address = view[kernel, within % blocks.kernel].data_ptr()
                     assert plane.buffer.data_ptr() + where * plane.page == address
+
+
+def test_vllm_s_sleep_is_refused() -> None:
+    config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True))
+    assert objection(config).endswith("Fix: start vLLM without --enable-sleep-mode")
+    assert not objection(SimpleNamespace(model_config=SimpleNamespace()))
 
 
 def wait_for(what: Any) -> bool:
