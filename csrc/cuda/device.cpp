@@ -37,6 +37,7 @@ Device::Device(int ordinal) : api(cuda::api()), ordinal(ordinal), process_(getpi
 Device::~Device() {
     if (!ours()) return;
     if (api.context_push(context_) == kSuccess) {  // not so when the driver is shutting down
+        if (copy_stream_ != nullptr) api.stream_destroy(copy_stream_);
         if (scratch_ != 0) api.free(scratch_);
         if (module_ != nullptr) api.module_unload(module_);
         Context popped;
@@ -120,6 +121,14 @@ bool Device::capturing(Stream stream) const {
     if (result == 900 || result == 906) return true;  // the default stream, while another one is captured
     check(result, "asking a stream for its state");
     return status != kCaptureNone;
+}
+
+void Device::copy(Address to, Address from, std::size_t bytes, const char* what) {
+    Entered entered(*this);
+    std::lock_guard lock(copy_mutex_);
+    if (copy_stream_ == nullptr) check(api.stream_create(&copy_stream_, kStreamNonBlocking), "creating a stream");
+    check(api.copy_async(to, from, bytes, copy_stream_), what);
+    check(api.stream_synchronize(copy_stream_), what);
 }
 
 void Device::crc32c(const std::uint64_t* addresses, const std::uint32_t* lengths, std::size_t count,

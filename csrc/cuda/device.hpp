@@ -53,6 +53,10 @@ class Device : public std::enable_shared_from_this<Device> {
 
     bool capturing(Stream stream) const;
 
+    /// Between any two kinds of memory; returns when the bytes are there, for every stream. (The driver's own cuMemcpy
+    /// returns from pageable memory as soon as the source may be reused, and no stream of ours waits for what is left.)
+    void copy(Address to, Address from, std::size_t bytes, const char* what);
+
     /// False in a forked child, where no call of the driver may be made.
     bool ours() const;
 
@@ -69,6 +73,8 @@ class Device : public std::enable_shared_from_this<Device> {
     Module module_ = nullptr;
     Function copies_[5] = {};
     Function checksum_ = nullptr;
+    std::mutex copy_mutex_;
+    Stream copy_stream_ = nullptr;
     std::mutex scratch_mutex_;
     Address scratch_ = 0;
     std::size_t scratch_bytes_ = 0;

@@ -86,7 +86,6 @@ struct Api {
                      void**);
     Result (*allocate)(Address*, std::size_t);
     Result (*free)(Address);
-    Result (*copy)(Address, Address, std::size_t);
     Result (*copy_async)(Address, Address, std::size_t, Stream);
     Result (*copy_2d_async)(const Copy2d*, Stream);
     Result (*pointer_attribute)(void*, int, Address);

@@ -148,9 +148,8 @@ NB_MODULE(_cuda, m) {
         .def("memory_kind", &Device::memory_kind, nb::arg("address"), nb::arg("length"),
              nb::call_guard<nb::gil_scoped_release>())
         .def("copy",
-             [](const Device& d, std::uint64_t to, std::uint64_t from, std::size_t bytes) {
-                 Device::Entered entered(d);
-                 check(d.api.copy(to, from, bytes), "copying");
+             [](Device& d, std::uint64_t to, std::uint64_t from, std::size_t bytes) {
+                 d.copy(to, from, bytes, "copying");
              },
              nb::arg("to"), nb::arg("from_"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>(),
              "Between any two kinds of memory; waits until it is there.")

@@ -76,11 +76,10 @@ Route::Route(std::shared_ptr<Device> device, Blocks blocks, std::optional<Spans>
                      planes[1] - planes[0] < static_cast<std::uint64_t>(std::abs(blocks_.b.token));
     if (!planes_inside_ && planes.size() > 2 && blocks_.tokens > 1)  // K and V lie apart, and layers close
         planes_inside_ = planes[2] - planes[0] < static_cast<std::uint64_t>(std::abs(blocks_.b.token));
-    Device::Entered entered(*device_);
     const std::size_t bytes = table_bytes(blocks_);
     const auto put = [&](std::size_t table, const std::vector<Address>& from) {
-        check(device_->api.copy(tables_.address + table * bytes, reinterpret_cast<Address>(from.data()), bytes),
-              "putting a layout on the device");
+        device_->copy(tables_.address + table * bytes, reinterpret_cast<Address>(from.data()), bytes,
+                      "putting a layout on the device");
     };
     put(0, blocks_.a.planes);
     put(1, blocks_.b.planes);
@@ -211,8 +210,8 @@ void Route::by_stage(const Pages& pages, Stream stream, unsigned blocks, Stage& 
         if (stage_planes_for_ != region) {
             std::vector<Address> planes(blocks_.a.planes.size());
             for (std::size_t p = 0; p < planes.size(); ++p) planes[p] = spans_->span_of[p] * region + spans_->at[p];
-            check(api.copy(stage_planes, reinterpret_cast<Address>(planes.data()), table_bytes(blocks_)),
-                  "putting a layout on the device");
+            device_->copy(stage_planes, reinterpret_cast<Address>(planes.data()), table_bytes(blocks_),
+                          "putting a layout on the device");
             stage_planes_for_ = region;
         }
     }

@@ -181,6 +181,30 @@ def test_a_round_trip_with_concurrent_streams() -> None:
     assert (page_buffer.shape, page_view.shape[0]) == (page_buffer.shape, count)
 
 
+@pytest.mark.parametrize("way", [Way.kernel, Way.stage])
+def test_the_first_kernel_finds_its_tables(way: Way, side_stream: Any) -> None:
+    """A copier is used as soon as it is made, while the way to the device is full: the kernel's tables take it too.
+
+    Two pools in turn, since device memory that was freed by one copier may still hold its tables.
+    """
+    shape, count = BlockShape(16, 2, 16, 1, 512), 32
+    pools = [filled("paged", shape, count, empty("cuda", False, seed)) for seed in (6, 7)]
+    wanted = [view.cpu() for _, view, _ in pools]
+    page_buffer, page_view, b = filled("page_first", shape, count, empty("cpu", True))
+    load, busy = torch.empty(64 << 20, dtype=torch.uint8).pin_memory(), torch.cuda.Stream()
+    target = torch.empty_like(load, device="cuda")
+    numbers = np.arange(count)
+    torch.cuda.synchronize()
+    for turn in range(60):
+        with torch.cuda.stream(busy):
+            for _ in range(2):
+                target.copy_(load, non_blocking=True)
+        page_buffer.fill_(POISON)
+        Copier(shape, pools[turn % 2][2], b).store(numbers, numbers, side_stream.cuda_stream, way)
+        side_stream.synchronize()
+        assert torch.equal(page_view, wanted[turn % 2]), f"turn {turn}"
+
+
 @pytest.mark.parametrize("way", [Way.kernel, Way.engine, None])
 def test_a_layer_that_has_ended_has_arrived_and_later_ones_may_not(way: Way | None, side_stream: Any) -> None:
     """The reader waits for layer after layer on another stream, and sees each whole."""
