@@ -118,7 +118,7 @@ sanitize-gpu: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
 sanitize-gpu:
 	$(SANITIZE_GPU) --tool memcheck --padding 64 $(GPU_PYTHON) -m pytest -q -m gpu $(SANITIZE_GPU_TESTS) -k "$(memcheck_TESTS)"
 	$(SANITIZE_GPU) --tool racecheck $(GPU_PYTHON) -m pytest -q -m gpu $(SANITIZE_GPU_TESTS) -k "$(racecheck_TESTS)"
-	@found=$$($(SANITIZE_GPU) --tool memcheck --padding 64 $(GPU_PYTHON) -m tests.gpu.stray 2>&1); echo "$$found"; \
+	@found=$$($(SANITIZE_GPU) --tool memcheck --padding 64 $(GPU_PYTHON) -m tests.gpu.stray 2>&1) || true; echo "$$found"; \
 	echo "$$found" | grep -q "Invalid __global__ read" || { echo "a read past the end was not found: nothing above means anything"; exit 1; }
 
 test-fast: venv
