@@ -1,9 +1,5 @@
 """The linker's copies on a GPU, and the whole linker over CUDA pools where SGLang 0.5.23 or later is installed.
 
-NOT RUN ON A GPU YET: written where none was to be had, with the same interface proven on the CPU (tests/sglang,
-scenarios_linker and tests/e2e/test_linker_server). Whoever has a device and an SGLang with the linker's contract:
-`make test-gpu GPU_PYTHON=python3 ARGS="tests/gpu/test_linker.py"`. Until that has passed, the CUDA way is unproven.
-
 The first half needs CUDA and torch alone; the second builds the cache of an installed SGLang 0.5.23 or later over CUDA
 pools, as tests/sglang/linker_rig.py does over host memory.
 """
