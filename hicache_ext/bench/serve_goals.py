@@ -12,7 +12,7 @@ from hicache_ext.bench.io_goals import Verdict
 from hicache_ext.bench.serve_matrix import STORAGE, Tier
 from hicache_ext.bench.serve_summary import computing, curves
 
-#: A hit on a disk, of what its plain speed and a host hit take together.
+#: A hit on a disk, without what a host hit takes, of its bytes at the disk's plain speed.
 OVER_DISK = 1.2
 #: A hit in memory that stands in for a fast array, of recomputing, from so many tokens on.
 OF_RECOMPUTE, LONG = 0.4, 32_768
@@ -25,8 +25,10 @@ def goals(
     for bound in bounds:
         name = bound["subject"]
         if _ours(name) and name not in in_memory:
-            what = f"{name}, {bound['prompt_tokens']:,} tokens from the disk: {{}} of its plain reads and a host hit"
-            yield Verdict(what, bound["ratio"], OVER_DISK, False)
+            disk_ms = bound["disk_ms"]
+            beyond_host = bound["ttft_ms"] - (bound["disk_and_host_hit_ms"] - disk_ms)
+            what = f"{name}, {bound['prompt_tokens']:,} tokens from the disk: a host hit and {{}} of plain reads"
+            yield Verdict(what, beyond_host / disk_ms, OVER_DISK, False)
     measured = curves(found)
     for (name, tier, concurrency), curve in measured.items():
         if not (_ours(name) and tier == Tier.LOCAL and name in in_memory):
