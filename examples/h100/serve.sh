@@ -1,5 +1,5 @@
 #!/bin/bash
-# SGLang on one H100 over HTTP, the same prompts for each subject, one table (`hicache-ext bench serve`).
+# SGLang on one GPU over HTTP, the same prompts for each subject, one table (`hicache-ext bench serve`).
 #
 #     serve.sh RESULTS disk     our tier on the disk, SGLang's own `file`, and its `nixl` where that is installed: 8 minutes
 #     serve.sh RESULTS ram      our tier under /dev/shm: 2 minutes
