@@ -2,12 +2,48 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <condition_variable>
+#include <mutex>
 
 namespace hicache::gds {
 namespace {
 
-/// What a batch holds unless the library says less.
-constexpr std::size_t kBatch = 128;
+/// Pieces of a batch, and of all batches of this process that are under way. cuFile takes a buffer of its own for each
+/// piece when a batch is submitted, waits where it has none left, and gets them back only when a batch is asked about:
+/// of its 64 (posix_pool_slab_count, for each size) two batches may hold all and wait for each other for ever.
+constexpr std::size_t kBatch = 12;
+constexpr std::size_t kBatched = 4 * kBatch;
+
+/// Room for `count` pieces among kBatched, for as long as this lives.
+class Room {
+  public:
+    explicit Room(std::size_t count) : count_(count) {
+        std::unique_lock lock(all().mutex);
+        all().given_back.wait(lock, [&] { return all().taken + count_ <= kBatched; });
+        all().taken += count_;
+    }
+    ~Room() {
+        {
+            const std::lock_guard lock(all().mutex);
+            all().taken -= count_;
+        }
+        all().given_back.notify_all();
+    }
+    Room(const Room&) = delete;
+    Room& operator=(const Room&) = delete;
+
+  private:
+    struct All {
+        std::mutex mutex;
+        std::condition_variable given_back;
+        std::size_t taken = 0;
+    };
+    static All& all() {
+        static All& one = *new All;  // threads may wait while the process ends
+        return one;
+    }
+    const std::size_t count_;
+};
 
 std::int64_t result_of(ssize_t moved) {
     if (moved >= 0) return moved;
@@ -58,15 +94,14 @@ void Lane::issue(Way way, bool write, std::vector<Piece> pieces) {
 }
 
 void Lane::by_calls(bool write) {
-    for (std::size_t i = 0; i < pieces_.size(); ++i) {
-        const Piece& piece = pieces_[i];
-        auto* base = reinterpret_cast<void*>(piece.base);
-        errno = 0;
-        const ssize_t moved =
-            write ? library->api.write(piece.file, base, piece.length, piece.file_offset, piece.base_offset)
-                  : library->api.read(piece.file, base, piece.length, piece.file_offset, piece.base_offset);
-        results_[i] = result_of(moved);
-    }
+    for (std::size_t i = 0; i < pieces_.size(); ++i) results_[i] = call(write, pieces_[i]);
+}
+
+std::int64_t Lane::call(bool write, const Piece& piece) {
+    auto* base = reinterpret_cast<void*>(piece.base);
+    errno = 0;
+    return result_of(write ? library->api.write(piece.file, base, piece.length, piece.file_offset, piece.base_offset)
+                           : library->api.read(piece.file, base, piece.length, piece.file_offset, piece.base_offset));
 }
 
 void Lane::by_batches(bool write) {
@@ -76,6 +111,7 @@ void Lane::by_batches(bool write) {
 
 void Lane::batch(bool write, std::size_t first, std::size_t count) {
     const Api& api = library->api;
+    const Room room(count);
     const auto all = [&](std::int64_t result) {
         std::fill_n(results_.begin() + static_cast<std::ptrdiff_t>(first), count, result);
     };
@@ -117,6 +153,16 @@ void Lane::batch(bool write, std::size_t first, std::size_t count) {
             results_[at] = event.status == kComplete ? result_of(moved) : moved < -1 ? moved : -EIO;
             ++ended;
         }
+    }
+    // In compatibility mode a batch moves no more of a piece than a buffer of cuFile's holds, which may be configured.
+    for (std::size_t at = first; at < first + count; ++at) {
+        Piece rest = pieces_[at];
+        if (results_[at] <= 0 || static_cast<std::size_t>(results_[at]) >= rest.length) continue;
+        rest.length -= static_cast<std::size_t>(results_[at]);
+        rest.file_offset += results_[at];
+        rest.base_offset += results_[at];
+        const std::int64_t more = call(write, rest);
+        results_[at] = more < 0 ? more : results_[at] + more;
     }
 }
 

@@ -47,6 +47,7 @@ class Lane {
 
   private:
     void by_calls(bool write);
+    std::int64_t call(bool write, const Piece& piece);
     void by_batches(bool write);
     void batch(bool write, std::size_t first, std::size_t count);
     void by_stream(bool write);

@@ -16,12 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hicache_ext.bench.gds_subjects import Cell, CuFile, Ours, PlainDisk, Staging, Subject
-from storage_backends.gds.decision import Mode
-
-
-class NotHere(Exception):
-    """There is nothing to measure on this machine; the text says why."""
+from hicache_ext.bench.gds_subjects import Cell, CuFile, NotHere, Ours, PlainDisk, Staging, Subject
 
 
 @dataclass(frozen=True)
@@ -46,16 +41,22 @@ class Result:
 
 
 def run(folder: Path, plan: Plan, result: Result, say: Callable[[str], None]) -> None:
-    """Cell by cell into `result`. NotHere, RuntimeError when a page is wrong."""
+    """Cell by cell into `result`. NotHere: not one of these ways. RuntimeError when a page is wrong."""
+    ways = list(plan.ways)
     for page in plan.pages:
-        for way in plan.ways:
-            with Cell(folder / f"{page}-{way}", page, max(1, plan.bytes // page), way) as cell:
-                decision = cell.backend.decision
-                result.decisions[way] = str(decision)
-                if decision.mode is Mode.STAGING:
-                    raise NotHere(decision.why)
+        for way in list(ways):
+            try:
+                made = Cell(folder / f"{page}-{way}", page, max(1, plan.bytes // page), way)
+            except NotHere as error:
+                result.decisions[way] = str(error)
+                ways.remove(way)
+                if not ways:
+                    raise
+                continue
+            with made as cell:
+                result.decisions[way] = str(cell.backend.decision)
                 subjects: list[Subject] = [Ours(cell), CuFile(cell)]
-                if way == plan.ways[0]:  # these are the same for every way
+                if way == ways[0]:  # these are the same for every way
                     subjects += [Staging(cell), PlainDisk(cell)]
                 say(f"{page >> 10} KiB, {way}: checking")
                 check(cell, subjects)

@@ -30,6 +30,7 @@ from hicache_ext.page import Namespace, PageLayout, chain_parents
 from storage_backends.base import Completion, Dispatcher, Outcome, PageBatch
 from storage_backends.buffers import OwnedMemory
 from storage_backends.gds import GdsBackend
+from storage_backends.gds.decision import Mode
 from storage_backends.gds.options import GdsOptions
 from storage_backends.gds.route import Route
 from storage_backends.gds.slots import PIECE_BYTES
@@ -40,18 +41,29 @@ _STAGING_BYTES = 256 << 20
 _TOKENS = 16
 
 
+class NotHere(Exception):
+    """There is nothing to measure on this machine; the text says why."""
+
+
 class Cell:
     """A tier, and `pages` pages of `page` bytes on the device and in host memory. memory: "device" or "host"."""
 
     def __init__(self, folder: Path, page: int, pages: int, way: str) -> None:
-        """CudaUnavailable, OptionError."""
+        """CudaUnavailable, OptionError, NotHere."""
         self.folder, self.page, self.pages, self.bytes = folder, page, pages, page * pages
         slot = page + 8192
         capacity = max((_TURNS + 1) * pages * slot, 128 << 20)
-        options = GdsOptions(path=folder / "tier", capacity=capacity, way=way)  # type: ignore[arg-type]
-        GdsBackend.check(options)
-        self._dispatcher = Dispatcher()
-        self.backend = GdsBackend(options, self._dispatcher)
+        for mode in ("auto", "compatibility"):  # what "auto" would not take is measured all the same
+            options = GdsOptions(path=folder / "tier", capacity=capacity, way=way, mode=mode)  # type: ignore[arg-type]
+            GdsBackend.check(options)
+            self._dispatcher = Dispatcher()
+            self.backend = GdsBackend(options, self._dispatcher)
+            decision = self.backend.decision
+            if decision.mode is not Mode.STAGING:
+                break
+            self.__exit__()
+        else:
+            raise NotHere(decision.why)
         from hicache_ext import _cuda
         from hicache_ext.cuda import open_device
 

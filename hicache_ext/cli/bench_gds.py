@@ -31,6 +31,7 @@ def gds_command(
 ) -> None:
     """Pages between a disk and GPU memory: by cuFile, through pinned memory, and what the disk gives at most."""
     from hicache_ext.bench import gds, machine
+    from hicache_ext.bench.gds_subjects import NotHere
     from hicache_ext.cli.bench_copy import lines
     from hicache_ext.cuda import CopyError, CudaUnavailable, open_device
     from storage_backends.base import OptionError
@@ -49,7 +50,7 @@ def gds_command(
             gds.run(Path(made), plan, result, status.update)
     except KeyboardInterrupt:
         console.print("interrupted; measured until then:")
-    except (CudaUnavailable, gds.NotHere) as error:
+    except (CudaUnavailable, NotHere) as error:
         console.print(f"bench gds needs a GPU and cuFile: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except (OptionError, OSError) as error:

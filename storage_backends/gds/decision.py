@@ -27,6 +27,8 @@ LIBRARY = "libcufile.so.0"
 #: For a trial: it opens a device, which takes a second or two on a busy machine.
 SECONDS = 20.0
 INSTALL = "pip install 'hicache-ext[gds]'"
+#: Environment variable: where cuFile writes its log.
+LOG = "CUFILE_LOGFILE_PATH"
 
 
 class Mode(StrEnum):
@@ -46,8 +48,13 @@ class Way(StrEnum):
     CALLS = "calls"
 
 
-#: Best first.
-PREFERENCE = (Way.BATCH, Way.STREAM, Way.CALLS)
+#: Best first. In compatibility mode every piece holds a buffer of cuFile's: from a call it comes back by itself.
+PREFERENCE: Mapping[Mode, tuple[Way, ...]] = {
+    Mode.GDS: (Way.BATCH, Way.STREAM, Way.CALLS),
+    Mode.COMPATIBILITY: (Way.CALLS, Way.BATCH, Way.STREAM),
+}
+#: Whether `mode: auto` takes compatibility mode, or pinned memory in its place.
+AUTO_TAKES_COMPATIBILITY = True
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def decide(mode: str, way: str, ordinal: int | None, directories: Sequence[Path]
     if device.no_kernels:
         return Decision(Mode.STAGING, f"nothing verifies pages on the device: {device.no_kernels}")
     keep_log_out_of_the_way()
-    ways = PREFERENCE if way == "auto" else (Way(way),)
+    ways = PREFERENCE[Mode.COMPATIBILITY] if way == "auto" else (Way(way),)
     found = _try(device.ordinal, directories, False, ways)
     if found.problem:
         return Decision(Mode.STAGING, found.problem)
@@ -95,8 +102,11 @@ def decide(mode: str, way: str, ordinal: int | None, directories: Sequence[Path]
             strict = _try(device.ordinal, directories, True, ways)
             chosen, why = (Mode.COMPATIBILITY, strict.problem) if strict.problem else (Mode.GDS, "")
             found = found if strict.problem else strict
-    best = next(one for one in ways if one in found.works)
-    passed_over = {name: reason for name, reason in found.fails.items() if _rank(Way(name)) < _rank(best)}
+    if mode == "auto" and chosen is Mode.COMPATIBILITY and not AUTO_TAKES_COMPATIBILITY:
+        return Decision(Mode.STAGING, f"{why}; cuFile's compatibility mode is slower (mode: compatibility takes it)")
+    order = PREFERENCE[chosen]
+    best = next(one for one in order if one in found.works)
+    passed_over = {name: reason for name, reason in found.fails.items() if order.index(Way(name)) < order.index(best)}
     return Decision(chosen, why, found.library, found.version, device.ordinal, device.name, best, passed_over)
 
 
@@ -126,7 +136,7 @@ def libraries() -> list[str]:
 
 def keep_log_out_of_the_way() -> None:
     """cuFile writes cufile.log into the current directory unless it is told where."""
-    os.environ.setdefault("CUFILE_LOGFILE_PATH", f"{tempfile.gettempdir()}/hicache-ext-cufile-{os.getuid()}.log")
+    os.environ.setdefault(LOG, f"{tempfile.gettempdir()}/hicache-ext-cufile-{os.getuid()}.log")
 
 
 @dataclass
@@ -199,10 +209,14 @@ def _judge(lines: Sequence[Mapping[str, Any]], ended: str) -> _Found:
         else:
             works.append(line["way"])
     if not works:
-        found.problem = ended or "; ".join(f"{way}: {why}" for way, why in fails.items()) or "the trial said nothing"
+        found.problem = ended or _together(fails) or "the trial said nothing"
     found.works, found.fails = tuple(works), fails
     return found
 
 
-def _rank(way: Way) -> int:
-    return PREFERENCE.index(way)
+def _together(fails: Mapping[str, str]) -> str:
+    """Each reason once."""
+    reasons = list(dict.fromkeys(fails.values()))
+    if len(reasons) == 1:
+        return reasons[0]
+    return "; ".join(f"{' and '.join(way for way in fails if fails[way] == why)}: {why}" for why in reasons)

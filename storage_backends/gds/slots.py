@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 #: What one lane moves and verifies at once.
 PART_BYTES, PART_PAGES = 16 << 20, 64
-#: cuFile is given no larger piece: several are under way at the same time.
-PIECE_BYTES = 4 << 20
+#: cuFile is given no larger piece: its buffers hold 1 MiB, and several are under way at the same time.
+PIECE_BYTES = 1 << 20
 #: cuFile's own codes begin here; this one is the storage's.
 _CUFILE, _CUFILE_IO = 5000, 5044
 

@@ -21,6 +21,7 @@ import numpy as np
 from hicache_ext.cuda import CudaUnavailable, open_device
 from storage_backends.buffers import OwnedMemory
 from storage_backends.checksum import crc32c
+from storage_backends.gds import volume
 
 if TYPE_CHECKING:
     from hicache_ext import _cuda
@@ -97,7 +98,11 @@ def _round_trip(
     flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT | os.O_EXCL
     fd = os.open(file, flags | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     try:
-        known = _cuda.cufile_file(library, fd)
+        try:
+            known = _cuda.cufile_file(library, fd)
+        except _cuda.Unavailable as error:
+            about = volume.problem(place) if str(volume.CODE) in str(error) else None
+            return f"{error}: {about}" if about else str(error)
         if read_only:
             os.preadv(fd, [host.view], 0)
         else:

@@ -26,6 +26,7 @@ from hicache_ext.device.planes import Plane  # noqa: E402
 from hicache_ext.device.slots import Staging  # noqa: E402
 from hicache_ext.page import PageLayout  # noqa: E402
 from hicache_ext.sglang.linker_planes import DevicePool  # noqa: E402
+from tests.gds_cases import cufile_mode  # noqa: E402
 
 POISON = 0xA5
 LAYERS, TOKENS, HEADS, RUN = 6, 16, 4, 256
@@ -201,7 +202,7 @@ def test_round_trip_under_sglang_s_cache(linker_on_cuda: Any, kind: str) -> None
 def test_pages_go_past_the_host(linker_on_cuda: Any, kind: str, tmp_path: Path) -> None:
     """SGLang's own cache over CUDA pools and a gds tier; every layer's bytes are checked after the wait for it."""
     linker_rig, rig = linker_on_cuda.linker_rig, linker_on_cuda.rig
-    extra = {"tiers": [{"type": "gds", "path": str(tmp_path / "tier"), "capacity": "256MiB"}]}
+    extra = {"tiers": [{"type": "gds", "path": str(tmp_path / "tier"), "capacity": "256MiB", "mode": cufile_mode()}]}
     tokens = list(range(100, 100 + 20 * rig.PAGE))
     with linker_rig.linked(kind=kind, extra=extra, slots=128) as found:
         if found.linker.store.reads_to_device is None:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from storage_backends.gds import volume
+
 pytest.importorskip("torch")
 pytest.importorskip("hicache_ext._cuda", reason="not built")
 
@@ -41,11 +43,14 @@ _EVERYWHERE = [
 ]
 #: Libraries that are there, what goes wrong with the driver and with cuFile -> cases.
 MACHINES: dict[tuple[str, str, str], list[str]] = {
-    ("cuda cufile", "kernels", ""): _EVERYWHERE,
+    ("cuda cufile", "kernels", ""): [*_EVERYWHERE, "the_way_that_is_taken"],
     ("cuda cufile", "kernels", "nobatch"): [_EVERYWHERE[0], "a_slot_that_is_rewritten_in_mid_read_is_a_miss"],
     ("cuda cufile", "kernels", "nobatch nostream"): [_EVERYWHERE[0]],
     ("cuda cufile", "kernels", "noregister"): ["registered_memory_is_told_to_cufile"],
-    ("cuda cufile", "kernels", "direct"): ["modes_that_are_asked_for"],
+    ("cuda cufile", "kernels", "direct"): ["modes_that_are_asked_for", "the_way_that_is_taken"],
+    ("cuda cufile", "kernels", "direct nobatch"): ["the_way_that_is_taken"],
+    ("cuda cufile", "kernels", "direct nobatch nostream"): ["the_way_that_is_taken"],
+    ("cuda cufile", "kernels", "noplace"): ["cufile_does_not_take_the_file"],
     ("cuda cufile", "kernels", "peer"): ["peer_to_peer_that_does_not_reach_this_disk"],
     ("cuda cufile", "kernels", "hangs"): ["cufile_hangs"],
     ("cuda cufile", "kernels", "refuses"): ["cufile_refuses"],
@@ -113,15 +118,31 @@ def test_over_libraries_that_stand_in(
     assert f"{name}: ok" in text, text
 
 
-WAYS = {"": "in batches", "nobatch": "in stream order", "nobatch nostream": "call by call"}
+COMPATIBILITY = "cuFile in compatibility mode (no nvidia-fs, and no PCIe peer to peer)"
+TAKEN = {
+    "": f"{COMPATIBILITY}, cuFile 1.99 call by call, device 0 stand-in",
+    "direct": "true GPUDirect Storage, cuFile 1.99 in batches, device 0 stand-in",
+    "direct nobatch": "true GPUDirect Storage, cuFile 1.99 in stream order, device 0 stand-in, no batch: ",
+    "direct nobatch nostream": "true GPUDirect Storage, cuFile 1.99 call by call, device 0 stand-in, no batch: ",
+}
 
 
-@pytest.mark.parametrize("trouble", WAYS)
-def test_the_way_that_is_taken_is_said_once(trouble: str, said: dict[tuple[tuple[str, str, str], str], str]) -> None:
-    text = said[("cuda cufile", "kernels", trouble), _EVERYWHERE[0]]
+@pytest.mark.parametrize("machine", TAKEN)
+def test_the_way_that_is_taken_is_said(machine: str, said: dict[tuple[tuple[str, str, str], str], str]) -> None:
+    text = said[("cuda cufile", "kernels", machine), "the_way_that_is_taken"]
     if "built without nvcc" in text:
         pytest.skip("built without nvcc: nothing is verified on a device")
-    lines = [line for line in text.splitlines() if line.startswith("decision: ")]
-    assert len(set(lines)) == 1
-    assert f"cuFile 1.99 {WAYS[trouble]}, device 0 stand-in" in lines[0]
-    assert "compatibility mode (no nvidia-fs, and no PCIe peer to peer)" in lines[0]
+    assert f"decision: {TAKEN[machine]}" in text
+
+
+def test_what_cufile_looks_up_before_it_takes_a_file(tmp_path: Path) -> None:
+    number = os.stat(tmp_path).st_dev
+    name = f"{os.major(number)}:{os.minor(number)}"
+    udev, system = tmp_path / "udev", tmp_path / "sys"
+    assert "not on a block device" in str(volume.problem(tmp_path, udev, system))
+    (system / "dev" / "block" / name).mkdir(parents=True)
+    assert "mount the host's /run/udev" in str(volume.problem(tmp_path, udev, system))
+    udev.mkdir()
+    assert f"udev does not know the file system on block device {name}" in str(volume.problem(tmp_path, udev, system))
+    (udev / f"b{name}").write_text("I:1\nE:ID_FS_TYPE=ext4\nE:ID_FS_USAGE=filesystem\n")
+    assert volume.problem(tmp_path, udev, system) is None
