@@ -2,7 +2,7 @@
 
     python share_sglang.py alone WORK       no storage: what SGLang says by itself
     python share_sglang.py first WORK       stores its prompts where vLLM finds them
-    python share_sglang.py second WORK      reads what vLLM stored there
+    python share_sglang.py second WORK      reads what vLLM stored there, once WORK/go.sglang-second is there
 
 The prompts and the model are vllm_engine.py's. Needs SGLang with a GPU and hicache-ext in one environment.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from vllm_engine import SHARED, SHARED_PAGE, SMALL, SMALL_TOKENS, prompt, shm
+from vllm_engine import NEWS_SECONDS, SHARED, SHARED_PAGE, SMALL, SMALL_TOKENS, prompt, shm
 
 
 def start(work: Path, shared: bool) -> Any:
@@ -67,6 +67,9 @@ def run(phase: str, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"phase": phase}
     theirs, mine = ["p1", "p2", "p3", "p4"], ["q1", "q2", "q3", "q4"]
     if phase == "second":
+        while not (work / "go.sglang-second").exists():
+            time.sleep(0.1)
+        time.sleep(NEWS_SECONDS)
         found["loaded"] = {name: ask(engine, name) for name in theirs}
     else:
         names = theirs if phase == "alone" else mine

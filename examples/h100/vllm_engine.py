@@ -3,7 +3,8 @@
     python vllm_engine.py models WORK     the models' folders: a small one with random weights, and one that is a shape
     python vllm_engine.py ROLE WORK       WORK/ready.ROLE when it is up; begins at WORK/go.ROLE; WORK/ROLE.json
 
-Several wait side by side, so that starting them costs their time once; one at a time is told to go.
+Several wait side by side, so that starting them costs their time once; one at a time is told to go. small-plain is
+built with the variables in WORK/try (JSON), the others when WORK/start is there: those with which that one came up.
 
 The small model's weights are such that every token depends on all before it, and that one of sixteen tokens is clearly
 the next one: so a wrong page changes the output, and the last bit of a right one does not. The large one is
@@ -25,7 +26,7 @@ from typing import Any
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", VLLM_NO_USAGE_STATS="1",
-    DO_NOT_TRACK="1",
+    DO_NOT_TRACK="1", VLLM_USE_FLASHINFER_SAMPLER="0",
 )  # fmt: skip
 
 LENGTHS = {8192: 3, 32768: 2}
@@ -40,7 +41,7 @@ SMALL = {
 SMALL_TOKENS = 12
 VOCABULARY = 32000
 #: Until a process that is up knows what another one has stored in the same folder.
-_NEWS_SECONDS = 2.0
+NEWS_SECONDS = 2.0
 
 
 def models(work: Path) -> None:
@@ -111,7 +112,7 @@ def shm(name: str, capacity: str) -> dict[str, Any]:
 
 class Engine:
     def __init__(self, model: Path, connector: str, transfer: Any, large: bool) -> None:
-        """connector: its name here."""
+        """connector: its name here; without one the device's own cache holds all prompts of the times."""
         from vllm import LLM
 
         self.connector_name = connector
@@ -124,7 +125,7 @@ class Engine:
             graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
             arguments |= {
                 "load_format": "dummy", "max_model_len": 36864, "max_num_seqs": 16, "compilation_config": graphs,
-                "kv_cache_memory_bytes": 6 << 30, "gpu_memory_utilization": 0.05,
+                "kv_cache_memory_bytes": (14 if transfer is None else 6) << 30, "gpu_memory_utilization": 0.05,
             }  # fmt: skip
         else:
             arguments |= {
@@ -254,7 +255,7 @@ def zeroed(engine: Engine, names: list[str]) -> Any:
 
 
 def small_second(engine: Engine) -> dict[str, Any]:
-    time.sleep(_NEWS_SECONDS)
+    time.sleep(NEWS_SECONDS)
     names = ["a", "b", "q1", "q2"]
     found = {"loaded": small(engine, names)}
     engine.settle()
@@ -263,7 +264,7 @@ def small_second(engine: Engine) -> dict[str, Any]:
 
 def small_share(engine: Engine) -> dict[str, Any]:
     """What SGLang stored, and something for SGLang to read."""
-    time.sleep(_NEWS_SECONDS)
+    time.sleep(NEWS_SECONDS)
     found: dict[str, Any] = {"loaded": small(engine, ["q1", "q2", "q3", "q4"])}
     found["computed"] = small(engine, ["p1", "p2", "p3", "p4"])
     engine.settle()
@@ -394,6 +395,8 @@ OFFLOADING = {
     "kv_connector_extra_config": {"cpu_bytes_to_use": 16 << 30},
 }  # fmt: skip
 SHARED = {"share": "engines", "share_page": SHARED_PAGE}
+#: It shows whether vLLM starts here, and how.
+FIRST = "small-plain"
 
 #: By role: the model, the connector by name, its configuration, and what is done.
 ROLES: dict[str, tuple[str, str, Any, Callable[[Engine], dict[str, Any]]]] = {
@@ -416,6 +419,13 @@ def main() -> None:
     model, connector, transfer, run = ROLES[role]
     if connector == "lmcache":
         os.environ.update(LMCACHE_LOCAL_CPU="True", LMCACHE_MAX_LOCAL_CPU_SIZE="16", LMCACHE_CHUNK_SIZE="256")
+    import vllm  # the longer part of a start
+
+    del vllm
+    variables = work / ("try" if role == FIRST else "start")
+    while not variables.exists():
+        time.sleep(0.05)
+    os.environ.update(json.loads(variables.read_text()))
     since = time.monotonic()
     engine = Engine(work / model, connector, transfer, model == "large")
     started = round(time.monotonic() - since, 1)
