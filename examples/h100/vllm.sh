@@ -99,8 +99,8 @@ if [ "$part" != own ]; then
 fi
 ready 60 "${large[@]}"
 for role in "${large[@]}"; do go "$role" 60; done
+tables
+say "all done"
 kill "${pid[@]}" 2> /dev/null
 wait
 rm -rf "$FAST/hicache-vllm"
-tables
-say "all done"
