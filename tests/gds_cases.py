@@ -15,7 +15,6 @@ from typing import Any
 from storage_backends.base import Dispatcher, Outcome
 from storage_backends.format import SlotHeader
 from storage_backends.gds import GdsBackend
-from storage_backends.gds.decision import AUTO_TAKES_COMPATIBILITY
 from storage_backends.gds.slots import DeviceSlots
 from storage_backends.local import LocalBackend
 from tests.pages import HostPool, chain, namespace
@@ -29,7 +28,7 @@ LENGTHS = [(8192,), (8192, 8192), (70272,), (100_000, 4096), (9 << 20,)]
 
 def cufile_mode() -> str:
     """Of the gds tier, where cuFile is to be used as well as it can be: past the CPU, else in compatibility mode."""
-    return "auto" if AUTO_TAKES_COMPATIBILITY or Path("/proc/driver/nvidia-fs").exists() else "compatibility"
+    return "auto" if Path("/proc/driver/nvidia-fs").exists() else "compatibility"
 
 
 def opened(folder: Path, kind: type[LocalBackend] = GdsBackend, **options: Any) -> Any:

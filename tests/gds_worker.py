@@ -47,7 +47,14 @@ def both_routes_read_what_either_wrote(folder: Path) -> None:
 
 @case
 def the_way_that_is_taken(folder: Path) -> None:
-    backend = opened(folder)
+    backend = opened(folder, mode="auto")
+    print("decision:", backend.decision)
+    backend.close()
+
+
+@case
+def the_way_that_is_asked_for(folder: Path) -> None:
+    backend = opened(folder, mode="compatibility")
     print("decision:", backend.decision)
     backend.close()
 
@@ -271,9 +278,10 @@ def modes_that_are_asked_for(folder: Path) -> None:
 
 @case
 def peer_to_peer_that_does_not_reach_this_disk(folder: Path) -> None:
-    backend = opened(folder)
-    assert str(backend.decision.mode) == "compatibility"
+    backend = opened(folder, mode="auto")
+    assert str(backend.decision.mode) == "staging"
     assert "cuFile error 5001" in backend.decision.why
+    assert backend.capabilities.memory == ("host",)
     backend.close()
 
 

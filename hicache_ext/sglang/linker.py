@@ -12,7 +12,8 @@ layers of a load until its deadline at most, and `reset` and `close`, which wait
 see alike on every rank (whether a load or an offload was taken, the order of results) depends on the arguments alone;
 what only this rank knows comes as a result.
 
-The way through a GPU (`BlockCopies`) has not run on one yet: see tests/gpu/test_linker.py.
+On a GPU it has run under SGLang's cache with a scripted forward (tests/gpu/test_linker.py, test_stress.py), and not yet
+under a server.
 """
 
 from __future__ import annotations

@@ -53,8 +53,6 @@ PREFERENCE: Mapping[Mode, tuple[Way, ...]] = {
     Mode.GDS: (Way.BATCH, Way.STREAM, Way.CALLS),
     Mode.COMPATIBILITY: (Way.CALLS, Way.BATCH, Way.STREAM),
 }
-#: Whether `mode: auto` takes compatibility mode, or pinned memory in its place.
-AUTO_TAKES_COMPATIBILITY = True
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def decide(mode: str, way: str, ordinal: int | None, directories: Sequence[Path]
             strict = _try(device.ordinal, directories, True, ways)
             chosen, why = (Mode.COMPATIBILITY, strict.problem) if strict.problem else (Mode.GDS, "")
             found = found if strict.problem else strict
-    if mode == "auto" and chosen is Mode.COMPATIBILITY and not AUTO_TAKES_COMPATIBILITY:
+    if mode == "auto" and chosen is Mode.COMPATIBILITY:  # measured on an H200: examples/h100/gds.json
         return Decision(Mode.STAGING, f"{why}; cuFile's compatibility mode is slower (mode: compatibility takes it)")
     order = PREFERENCE[chosen]
     best = next(one for one in order if one in found.works)

@@ -15,10 +15,10 @@ from storage_backends.local.options import LocalOptions
 class GdsOptions(LocalOptions):
     """As the local tier's, and:
 
-    mode: how pages reach device memory. "auto": by cuFile as well as it can here, else as from a local tier, through
+    mode: how pages reach device memory. "auto": past the CPU where that goes, else as from a local tier, through
     pinned host memory; "gds": past the CPU, or the tier does not open; "compatibility": by cuFile, through host memory
-    of its own; "staging": without cuFile. way: how cuFile is asked ("auto": the best that works here). device: ordinal
-    of the GPU; without it the one that the opening thread uses.
+    of its own where it must; "staging": without cuFile. way: how cuFile is asked ("auto": the best that works here).
+    device: ordinal of the GPU; without it the one that the opening thread uses.
     """
 
     mode: Literal["auto", "gds", "compatibility", "staging"] = "auto"

@@ -43,7 +43,7 @@ _EVERYWHERE = [
 ]
 #: Libraries that are there, what goes wrong with the driver and with cuFile -> cases.
 MACHINES: dict[tuple[str, str, str], list[str]] = {
-    ("cuda cufile", "kernels", ""): [*_EVERYWHERE, "the_way_that_is_taken"],
+    ("cuda cufile", "kernels", ""): [*_EVERYWHERE, "the_way_that_is_taken", "the_way_that_is_asked_for"],
     ("cuda cufile", "kernels", "nobatch"): [_EVERYWHERE[0], "a_slot_that_is_rewritten_in_mid_read_is_a_miss"],
     ("cuda cufile", "kernels", "nobatch nostream"): [_EVERYWHERE[0]],
     ("cuda cufile", "kernels", "noregister"): ["registered_memory_is_told_to_cufile"],
@@ -118,9 +118,9 @@ def test_over_libraries_that_stand_in(
     assert f"{name}: ok" in text, text
 
 
-COMPATIBILITY = "cuFile in compatibility mode (no nvidia-fs, and no PCIe peer to peer)"
+STAGING = "no GPU-direct storage (no nvidia-fs, and no PCIe peer to peer; cuFile's compatibility mode is slower "
 TAKEN = {
-    "": f"{COMPATIBILITY}, cuFile 1.99 call by call, device 0 stand-in",
+    "": STAGING,
     "direct": "true GPUDirect Storage, cuFile 1.99 in batches, device 0 stand-in",
     "direct nobatch": "true GPUDirect Storage, cuFile 1.99 in stream order, device 0 stand-in, no batch: ",
     "direct nobatch nostream": "true GPUDirect Storage, cuFile 1.99 call by call, device 0 stand-in, no batch: ",
@@ -133,6 +133,14 @@ def test_the_way_that_is_taken_is_said(machine: str, said: dict[tuple[tuple[str,
     if "built without nvcc" in text:
         pytest.skip("built without nvcc: nothing is verified on a device")
     assert f"decision: {TAKEN[machine]}" in text
+
+
+def test_compatibility_mode_is_taken_when_asked_for(said: dict[tuple[tuple[str, str, str], str], str]) -> None:
+    text = said[("cuda cufile", "kernels", ""), "the_way_that_is_asked_for"]
+    if "built without nvcc" in text:
+        pytest.skip("built without nvcc: nothing is verified on a device")
+    wanted = "cuFile in compatibility mode (mode: compatibility), cuFile 1.99 call by call, device 0 stand-in"
+    assert f"decision: {wanted}" in text
 
 
 def test_what_cufile_looks_up_before_it_takes_a_file(tmp_path: Path) -> None:
