@@ -1,6 +1,6 @@
 """Pages between vLLM's blocks on a GPU and the store: every layout, beside kernels that write the same blocks.
 
-NOT RUN ON A GPU YET: written where none was to be had. No vLLM is needed; with real engines: examples/h100/vllm.sh.
+No vLLM is needed; with real engines: examples/h100/vllm.sh.
 """
 
 from __future__ import annotations
