@@ -99,7 +99,11 @@ def _loaded(half: Any, request: Any, pages: int) -> None:
     found = half.matched(request, 0)
     half.allocated(request, [list(range(pages + 1))], tokens)
     half.tiers_of(request)
-    first = half.step(SimpleNamespace(total_num_scheduled_tokens=0, scheduled_new_reqs=[], scheduled_cached_reqs=_NONE))
+    first = half.step(
+        SimpleNamespace(
+            total_num_scheduled_tokens=0, scheduled_new_reqs=[], scheduled_cached_reqs=_NONE, num_scheduled_tokens={}
+        )
+    )  # fmt: skip
     half.loaded({request.request_id}, set())
     second = half.step(_step(request, pages, tokens, 1))
     half.finished(request)

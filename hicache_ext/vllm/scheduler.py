@@ -54,6 +54,16 @@ class _Tracked:
     found: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Pages `first` to `last` of a request, whole since this step. keys: of the first `last` pages."""
+
+    tracked: _Tracked
+    keys: bytes
+    first: int
+    last: int
+
+
 class SchedulerHalf:
     """Called by vLLM's scheduler, on its thread only."""
 
@@ -219,27 +229,34 @@ class SchedulerHalf:
     def step(self, output: Any) -> StepMetadata:
         """What the workers are to do in this step of vLLM's SchedulerOutput."""
         meta = StepMetadata(epoch=self._epoch, idle=output.total_num_scheduled_tokens == 0)
-        meta.loads, self._loads = self._loads, []
+        if self._loads:
+            meta.loads, self._loads = self._loads, []
         meta.fresh = _fresh(output, self._block_size)
         if not self._settings.saves or not self._spaces:
             return meta
+        scheduled, size = output.num_scheduled_tokens, self._page_size
+        runs: list[_Run | None] = []
         for new in output.scheduled_new_reqs:
             tracked = self._tracked.get(new.req_id)
             if tracked is not None:
                 tracked.blocks, tracked.saved = [list(blocks) for blocks in new.block_ids], 0
-                self._save(meta, tracked, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id])
+                runs.append(self._whole(tracked, new.num_computed_tokens + scheduled[new.req_id]))
         cached = output.scheduled_cached_reqs
-        for i, name in enumerate(cached.req_ids):
+        resumed = cached.resumed_req_ids
+        # Each decode step comes through here with every request: in most of them a request completes no page.
+        told = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
+        for name, blocks, computed in told:
             tracked = self._tracked.get(name)
             if tracked is None:
                 continue
-            blocks = cached.new_block_ids[i]
-            if name in cached.resumed_req_ids:
+            if name in resumed:
                 tracked.blocks, tracked.saved = [list(more) for more in blocks or ()], 0
             elif blocks is not None:
                 for table, more in zip(tracked.blocks, blocks, strict=True):
                     table += more
-            self._save(meta, tracked, cached.num_computed_tokens[i] + output.num_scheduled_tokens[name])
+            if (computed + scheduled[name]) // size > tracked.saved:
+                runs.append(self._whole(tracked, computed + scheduled[name]))
+        self._save(meta, [run for run in runs if run is not None])
         return meta
 
     def reset(self) -> None:
@@ -254,6 +271,8 @@ class SchedulerHalf:
 
     def take_counts(self) -> dict[str, int]:
         """What happened since the last call, by name."""
+        if not self._counts:
+            return {}
         counts, self._counts = self._counts, Counter()
         return dict(counts)
 
@@ -262,36 +281,52 @@ class SchedulerHalf:
         if self.events is not None:
             self.events.close()
 
-    def _save(self, meta: StepMetadata, tracked: _Tracked, computed: int) -> None:
-        """Pages that are whole after this step and that no tier is known to hold.
+    def _whole(self, tracked: _Tracked, computed: int) -> _Run | None:
+        """Pages that are whole after this step and were not before; None for none.
 
         Tokens that are drafted or not yet sampled are not among the request's, so a page of them is not whole.
         """
         if tracked.chain is None:
-            return
+            return None
         room = min(map(len, tracked.blocks), default=0) * self._block_size // self._page_size
         last = min(computed // self._page_size, tracked.chain.whole_pages(), room)
         first, tracked.saved = tracked.saved, max(tracked.saved, last)
-        if last <= first:
+        return _Run(tracked, tracked.chain.keys(last), first, last) if last > first else None
+
+    def _save(self, meta: StepMetadata, runs: Sequence[_Run]) -> None:
+        """Those of these pages that no tier is known to hold. Tiers are asked once for all requests."""
+        if not runs:
             return
-        keys = tracked.chain.keys(last)
-        notes = self._know(tracked, keys, first, last)
-        for group, window in enumerate(self._windows):
-            blocks = tracked.blocks[group]
-            wanted = self._wanted(group, keys, first, last)
-            if window:  # what has left the window has no block any more
-                wanted = wanted[[blocks[page] != _NO_BLOCK for page in wanted]]
-            # One message for each run without a gap: a page's parent is then the one before it.
-            gaps = np.flatnonzero(np.diff(wanted) > 1) + 1
-            for run in np.split(wanted, gaps) if len(gaps) else [wanted] if len(wanted) else []:
-                begin, end = int(run[0]), int(run[-1]) + 1
-                meta.saves.append(
-                    Pages(
-                        tracked.request.request_id, keys[begin * KEY_BYTES : end * KEY_BYTES],
-                        self._parent(keys, begin), *self._blocks_of(blocks, begin, end), 0,
-                        notes.only(list(range(begin - first, end - first))) if notes is not None else None, group,
-                    )
-                )  # fmt: skip
+        notes = [self._know(run.tracked, run.keys, run.first, run.last) for run in runs]
+        parts = [run.keys[run.first * KEY_BYTES : run.last * KEY_BYTES] for run in runs]
+        parents = [self._parent(run.keys, run.first) for run in runs]
+        packed = b"".join(parts)
+        before = b"".join(chain_parents(part, parent) for part, parent in zip(parts, parents, strict=True))
+        for group in range(len(self._windows)):
+            missing, at = self._missing(group, packed, before), 0
+            for run, note in zip(runs, notes, strict=True):
+                count = run.last - run.first
+                wanted = np.flatnonzero(missing[at : at + count]) + run.first
+                at += count
+                if len(wanted):
+                    self._send(meta, run, group, wanted, note)
+
+    def _send(self, meta: StepMetadata, run: _Run, group: int, wanted: np.ndarray, notes: Notes | None) -> None:
+        """wanted: numbers of the pages of this request to store, of this group."""
+        blocks = run.tracked.blocks[group]
+        if self._windows[group]:  # what has left the window has no block any more
+            wanted = wanted[[blocks[page] != _NO_BLOCK for page in wanted]]
+        # One message for each run without a gap: a page's parent is then the one before it.
+        gaps = np.flatnonzero(np.diff(wanted) > 1) + 1 if len(wanted) > 1 else ()
+        for part in np.split(wanted, gaps) if len(gaps) else [wanted] if len(wanted) else []:
+            begin, end = int(part[0]), int(part[-1]) + 1
+            meta.saves.append(
+                Pages(
+                    run.tracked.request.request_id, run.keys[begin * KEY_BYTES : end * KEY_BYTES],
+                    self._parent(run.keys, begin), *self._blocks_of(blocks, begin, end), 0,
+                    notes.only(list(range(begin - run.first, end - run.first))) if notes is not None else None, group,
+                )
+            )  # fmt: skip
 
     def _know(self, tracked: _Tracked, keys: bytes, first: int, last: int) -> Notes | None:
         """What events say of these pages, and let them know it."""
@@ -303,19 +338,16 @@ class SchedulerHalf:
                 self.events.announcer.know(space.digest, keys[first * KEY_BYTES : last * KEY_BYTES], notes)
         return notes
 
-    def _wanted(self, group: int, keys: bytes, first: int, last: int) -> np.ndarray:
-        """Numbers of the pages to store, of this group."""
-        part = keys[first * KEY_BYTES : last * KEY_BYTES]
-        parents = chain_parents(part, self._parent(keys, first))
-        missing = np.zeros(last - first, bool)
+    def _missing(self, group: int, keys: bytes, parents: bytes) -> np.ndarray:
+        """bool[n]: the pages to store, of this group. keys, parents: packed, of any requests."""
+        missing = np.zeros(len(keys) // KEY_BYTES, bool)
         for space in self._spaces[group]:
-            batch = KeyBatch(space, part, parents)
-            missing |= self._store.lookup_local(batch) == NO_TIER
+            missing |= self._store.lookup_local(KeyBatch(space, keys, parents)) == NO_TIER
         if not self._knows:
             digest = self._spaces[group][0].digest
             for page in np.flatnonzero(missing):
-                missing[page] = self._sent.add(digest, part[page * KEY_BYTES : (page + 1) * KEY_BYTES]) == 1
-        return np.flatnonzero(missing) + first
+                missing[page] = self._sent.add(digest, keys[page * KEY_BYTES : (page + 1) * KEY_BYTES]) == 1
+        return missing
 
     @property
     def _knows(self) -> bool:
@@ -349,6 +381,8 @@ def _fresh(output: Any, block_size: int) -> list[int]:
         for blocks in new.block_ids:
             fresh += blocks[new.num_computed_tokens // block_size :]
     cached = output.scheduled_cached_reqs
+    if not any(cached.new_block_ids):
+        return fresh
     for name, more, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
         for blocks in more or ():
             fresh += blocks[computed // block_size :] if name in cached.resumed_req_ids else blocks

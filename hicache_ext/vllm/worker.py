@@ -59,8 +59,8 @@ class WorkerHalf:
         self._arrived: set[str] = set()
         self._invalid: set[int] = set()
         self._failed: set[str] = set()
-        self._counts: Counter[str] = Counter()
-        self._taken: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()  # until the last taking
+        self._recent: Counter[str] = Counter()  # since then
         self._changes: deque[tuple[int, Residency, bytes, bytes, Notes | None]] = deque(maxlen=_CHANGES)
         self._moves = moves(self._count)
         if reports:
@@ -76,20 +76,24 @@ class WorkerHalf:
     def load(self, meta: StepMetadata) -> None:
         """Start the loads of this step."""
         self._follow(meta.epoch)
+        if meta.loads:
+            self._begin(meta.loads)
+        if meta.idle:
+            with self._cond:
+                if self._loading and not self._arrived:
+                    self._cond.wait(_IDLE_SECONDS)
+
+    def _begin(self, loads: Sequence[Pages]) -> None:
         deadline = time.monotonic() + self._settings.options.load_timeout
         with self._cond:
-            self._loading.update(pages.request for pages in meta.loads)
-        for pages in meta.loads:
+            self._loading.update(pages.request for pages in loads)
+        for pages in loads:
             loaded = partial(self._loaded, pages, time.monotonic())
             try:
                 self._moves.load(pages, self._spaces[pages.group], deadline, loaded)
             except Exception:
                 logger.exception("hicache_ext: a load could not be started; its pages are recomputed")
                 loaded(pages.blocks, bytes([Outcome.FAILED]) * pages.count)
-        if meta.idle:
-            with self._cond:
-                if self._loading and not self._arrived:
-                    self._cond.wait(_IDLE_SECONDS)
 
     def _loaded(self, pages: Pages, since: float, bad: Sequence[int], outcomes: bytes) -> None:
         with self._cond:
@@ -101,12 +105,14 @@ class WorkerHalf:
                 del self._loading[pages.request]
                 self._arrived.add(pages.request)
             self._account("load", outcomes, since)
-            self._counts["load_bytes"] += outcomes.count(Outcome.HIT) * self._bytes(pages.group)
+            self._recent["load_bytes"] += outcomes.count(Outcome.HIT) * self._bytes(pages.group)
             self._cond.notify_all()
 
     def finished_loads(self) -> tuple[set[str], set[int], set[str]]:
         """Requests whose loads have ended since the last call, the blocks that did not arrive, and which of the
         requests miss some: together, since vLLM must know of bad blocks no later than of the end."""
+        if not self._arrived:  # as in nearly every step: no lock for it
+            return set(), set(), set()
         with self._cond:
             arrived, self._arrived = self._arrived, set()
             invalid, self._invalid = self._invalid, set()
@@ -139,10 +145,10 @@ class WorkerHalf:
     def _saved(self, since: float, group: int, outcomes: bytes, dropped: int) -> None:
         with self._cond:
             self._saving -= len(outcomes) + dropped
-            self._counts["save_no_room"] += dropped
+            self._recent["save_no_room"] += dropped
             if outcomes:
                 self._account("save", outcomes, since)
-            self._counts["save_bytes"] += outcomes.count(Outcome.HIT) * self._bytes(group)
+            self._recent["save_bytes"] += outcomes.count(Outcome.HIT) * self._bytes(group)
             self._cond.notify_all()
 
     # ---- the rest
@@ -153,20 +159,26 @@ class WorkerHalf:
 
     def report(self) -> WorkerReport | None:
         """What became of pages on servers since the last call; None for nothing."""
+        if not self._changes:
+            return None
         changes = [self._changes.popleft() for _ in range(len(self._changes))]
-        return WorkerReport(changes) if changes else None
+        return WorkerReport(changes)
 
     def counts(self) -> dict[str, int]:
         """What happened since the start, by name."""
         with self._cond:
-            return dict(self._counts)
+            counts = self._counts.copy()
+            counts.update(self._recent)
+            return dict(counts)
 
     def take_counts(self) -> dict[str, int]:
         """What happened since the last call, by name."""
+        if not self._recent:
+            return {}
         with self._cond:
-            taken = self._counts - self._taken
-            self._taken = self._counts.copy()
-            return dict(taken)
+            taken, self._recent = self._recent, Counter()
+            self._counts.update(taken)
+        return {name: number for name, number in taken.items() if number}
 
     def close(self) -> None:
         """Wait, not for ever, until nothing is on its way: blocks and copies are free then."""
@@ -184,11 +196,11 @@ class WorkerHalf:
 
     def _count(self, name: str, number: int) -> None:
         with self._cond:
-            self._counts[name] += number
+            self._recent[name] += number
 
     def _account(self, what: str, outcomes: bytes, since: float) -> None:
         for outcome in Outcome:
             if number := outcomes.count(outcome):
-                self._counts[f"{what}_{outcome.name.lower()}"] += number
-        self._counts[f"{what}_us"] += int((time.monotonic() - since) * 1e6)
-        self._counts[f"{what}_batches"] += 1
+                self._recent[f"{what}_{outcome.name.lower()}"] += number
+        self._recent[f"{what}_us"] += int((time.monotonic() - since) * 1e6)
+        self._recent[f"{what}_batches"] += 1
