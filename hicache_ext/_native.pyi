@@ -39,9 +39,7 @@ def region_problem(address: int, length: int) -> str: ...
 class Region:
     capacity: int
     largest_page: int
-    def __init__(
-        self, address: int, length: int, memory_fd: int, lock_fd: int, owner: int, memory: object, threads: int = 1
-    ) -> None: ...  # fmt: skip
+    def __init__(self, address: int, length: int, memory_fd: int, lock_fd: int, owner: int, memory: object) -> None: ...
     def lookup(self, namespace: bytes, keys: bytes, used: bool, found: np.ndarray) -> None: ...
     def read(
         self, namespace: bytes, header_bytes: int, lengths: np.ndarray, keys: bytes, addresses: np.ndarray, used: bool,

@@ -12,7 +12,6 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "memory/helpers.hpp"
 #include "memory/region.hpp"
 
 namespace nb = nanobind;
@@ -48,28 +47,13 @@ class Descriptor {
 };
 
 struct Held {
-    Held(std::uint8_t* base, int memory_fd, int lock_fd, unsigned owner, nb::object keep, unsigned threads)
-        : memory(std::move(keep)),
-          fd(memory_fd),
-          locks(lock_fd),
-          region(base, fd.get(), locks.get(), owner),
-          helpers(threads) {}
+    Held(std::uint8_t* base, int memory_fd, int lock_fd, unsigned owner, nb::object keep)
+        : memory(std::move(keep)), fd(memory_fd), locks(lock_fd), region(base, fd.get(), locks.get(), owner) {}
 
     nb::object memory;
     Descriptor fd, locks;
     Region region;
-    Helpers helpers;
 };
-
-/// Bytes of a batch that are worth a thread.
-constexpr std::uint64_t kShare = 2 << 20;
-constexpr unsigned kMostThreads = 1024;
-
-/// Others who are to help with so many pages.
-std::size_t others(const io::SlotShape& shape, std::size_t pages) {
-    const std::uint64_t shares = shape.payload_bytes() * pages / kShare;
-    return shares ? shares - 1 : 0;
-}
 
 /// Keys of one namespace, copied out of Python's hands.
 class Keys {
@@ -82,10 +66,9 @@ class Keys {
 
     std::size_t size() const { return packed_.size() / 32; }
 
-    Identity page(std::size_t i) const {
-        Identity page = page_;
-        std::memcpy(page.data() + 16, packed_.data() + 32 * i, 32);
-        return page;
+    const Identity& page(std::size_t i) {
+        std::memcpy(page_.data() + 16, packed_.data() + 32 * i, 32);
+        return page_;
     }
 
   private:
@@ -104,7 +87,7 @@ io::SlotShape shape_of(const nb::bytes& name_space, std::uint64_t header_bytes, 
 }
 
 void lookup(Held& held, const nb::bytes& name_space, const nb::bytes& keys, bool used, const Bytes& found) {
-    const Keys asked(name_space, keys);
+    Keys asked(name_space, keys);
     if (found.shape(0) != asked.size()) wrong("one byte per key");
     std::uint8_t* out = found.data();
     const nb::gil_scoped_release release;
@@ -114,41 +97,41 @@ void lookup(Held& held, const nb::bytes& name_space, const nb::bytes& keys, bool
 void read(Held& held, const nb::bytes& name_space, std::uint64_t header_bytes, const U64s& lengths,
           const nb::bytes& keys, const U64s& addresses, bool used, const Bytes& verdicts) {
     const io::SlotShape shape = shape_of(name_space, header_bytes, lengths);
-    const Keys asked(name_space, keys);
+    Keys asked(name_space, keys);
     const std::size_t buffers = shape.lengths.size();
     if (addresses.shape(0) != buffers * asked.size() || verdicts.shape(0) != asked.size())
         wrong("one address per buffer and one verdict per key");
+    std::vector<std::uint8_t*> to(buffers);
     const std::uint64_t* address = addresses.data();
     std::uint8_t* out = verdicts.data();
     const nb::gil_scoped_release release;
-    held.helpers.run(asked.size(), others(shape, asked.size()), [&](std::size_t i) {
-        std::vector<std::uint8_t*> to(buffers);
-        for (std::size_t j = 0; j < buffers; ++j) to[j] = at(address[i * buffers + j]);
+    for (std::size_t i = 0; i < asked.size(); ++i) {
+        for (auto& buffer : to) buffer = at(*address++);
         out[i] = static_cast<std::uint8_t>(held.region.read(shape, asked.page(i), to, used));
-    });
+    }
 }
 
 void write(Held& held, const nb::bytes& name_space, std::uint64_t header_bytes, const U64s& lengths,
            const nb::bytes& keys, const U64s& addresses, const In<std::uint8_t, 2>& headers, const Bytes& verdicts) {
     const io::SlotShape shape = shape_of(name_space, header_bytes, lengths);
-    const Keys asked(name_space, keys);
+    Keys asked(name_space, keys);
     const std::size_t buffers = shape.lengths.size();
     if (addresses.shape(0) != buffers * asked.size() || verdicts.shape(0) != asked.size() ||
         headers.shape(0) != asked.size() || headers.shape(1) != header_bytes)
         wrong("one address per buffer, one header and one verdict per key");
+    std::vector<const std::uint8_t*> from(buffers);
     const std::uint64_t* address = addresses.data();
     const std::uint8_t* header = headers.data();
     std::uint8_t* out = verdicts.data();
     const nb::gil_scoped_release release;
-    held.helpers.run(asked.size(), others(shape, asked.size()), [&](std::size_t i) {
-        std::vector<const std::uint8_t*> from(buffers);
-        for (std::size_t j = 0; j < buffers; ++j) from[j] = at(address[i * buffers + j]);
-        out[i] = static_cast<std::uint8_t>(held.region.write(shape, asked.page(i), header + i * header_bytes, from));
-    });
+    for (std::size_t i = 0; i < asked.size(); ++i, header += header_bytes) {
+        for (auto& buffer : from) buffer = at(*address++);
+        out[i] = static_cast<std::uint8_t>(held.region.write(shape, asked.page(i), header, from));
+    }
 }
 
 void remove(Held& held, const nb::bytes& name_space, const nb::bytes& keys, const Bytes& found) {
-    const Keys asked(name_space, keys);
+    Keys asked(name_space, keys);
     if (found.shape(0) != asked.size()) wrong("one byte per key");
     std::uint8_t* out = found.data();
     const nb::gil_scoped_release release;
@@ -187,13 +170,11 @@ nb::dict counts(const Held& held) {
     return told;
 }
 
-Held* open(std::uint64_t address, std::uint64_t length, int memory_fd, int lock_fd, unsigned owner, nb::object memory,
-           unsigned threads) {
+Held* open(std::uint64_t address, std::uint64_t length, int memory_fd, int lock_fd, unsigned owner, nb::object memory) {
     if (const std::string problem = Region::problem(at(address), length); !problem.empty())
         throw std::invalid_argument(problem);
     if (owner == 0 || owner >= kMostOwners) wrong("owner is out of range");
-    if (threads == 0 || threads > kMostThreads) wrong("threads is out of range");
-    return new Held(at(address), memory_fd, lock_fd, owner, std::move(memory), threads);
+    return new Held(at(address), memory_fd, lock_fd, owner, std::move(memory));
 }
 
 }  // namespace
@@ -217,8 +198,7 @@ void bind(nb::module_& m) {
         nb::arg("address"), nb::arg("length"), "Why this memory is no region of this version; empty when it is one.");
     nb::class_<Held>(m, "Region")
         .def(nb::new_(&open), nb::arg("address"), nb::arg("length"), nb::arg("memory_fd"), nb::arg("lock_fd"),
-             nb::arg("owner"), nb::arg("memory"), nb::arg("threads") = 1,
-             "threads: that copy at the same time, callers included.")
+             nb::arg("owner"), nb::arg("memory"))
         .def("lookup", &lookup, nb::arg("namespace"), nb::arg("keys"), nb::arg("used"), nb::arg("found").noconvert())
         .def("read", &read, nb::arg("namespace"), nb::arg("header_bytes"), nb::arg("lengths").noconvert(),
              nb::arg("keys"), nb::arg("addresses").noconvert(), nb::arg("used"), nb::arg("verdicts").noconvert())

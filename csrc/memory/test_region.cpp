@@ -15,13 +15,10 @@
 #include <cstring>
 #include <memory>
 #include <random>
-#include <stdexcept>
-#include <string>
 #include <thread>
 
 #include "checksum/copy.hpp"
 #include "checksum/crc32c.hpp"
-#include "memory/helpers.hpp"
 #include "memory/region.hpp"
 #include "test/check.hpp"
 
@@ -287,54 +284,6 @@ void a_process_dies_in_the_middle(unsigned turn, Shared& place, Process& mine) {
     CHECK(mine.region.counts().bytes <= 1 << 20);
 }
 
-void helpers_do_everything_once() {
-    constexpr int kMost = 3;
-    Helpers helpers(kMost);
-    for (const std::size_t wanted : {0, 1, 50}) {
-        std::vector<std::atomic<int>> done(100);
-        std::atomic<int> now = 0;
-        helpers.run(done.size(), wanted, [&](std::size_t i) {
-            CHECK(++now <= std::min<int>(kMost, static_cast<int>(wanted) + 1));
-            ++done[i];
-            --now;
-        });
-        for (const auto& times : done) CHECK(times == 1);
-        CHECK(helpers.free() == kMost);
-    }
-    helpers.run(0, 5, [](std::size_t) { CHECK(false); });
-    bool thrown = false;
-    try {
-        helpers.run(100, 5, [](std::size_t i) {
-            if (i % 10 == 7) throw std::runtime_error("page");
-        });
-    } catch (const std::runtime_error& error) {
-        thrown = std::string(error.what()) == "page";
-    }
-    CHECK(thrown);
-    CHECK(helpers.free() == kMost);
-}
-
-/// More batches than threads, all of the same region: each is done, whoever finds a helper.
-void batches_share_helpers() {
-    Shared place(4 << 20);
-    Process mine(place, 1);
-    Helpers helpers(4);
-    std::vector<std::thread> callers;
-    for (std::uint64_t caller = 0; caller < 6; ++caller)
-        callers.emplace_back([&, caller] {
-            helpers.run(12, 3, [&](std::size_t i) {
-                Pages pages({20000, 300});
-                CHECK(pages.write(mine.region, caller * 100 + i) == Verdict::kStored);
-            });
-            helpers.run(12, 3, [&](std::size_t i) {
-                Pages pages({20000, 300});
-                CHECK(pages.read(mine.region, caller * 100 + i) == Verdict::kValid);
-            });
-        });
-    for (auto& caller : callers) caller.join();
-    CHECK(helpers.free() == 4);
-}
-
 }  // namespace
 
 int main() {
@@ -348,8 +297,6 @@ int main() {
     copies_are_whole_and_their_checksums_right();
     one_process_and_what_it_stored();
     memory_is_there_before_it_is_written();
-    helpers_do_everything_once();
-    batches_share_helpers();
     many_at_once(2);
     std::puts("ok");
 }

@@ -3,8 +3,7 @@
 Belongs here: the contract, over a region's pages. Does not belong here: the region (csrc/memory: verification, room,
 many processes without a lock), its memory (region.py), who shares it (sharers.py), or what is announced (told.py).
 
-A batch is one call without the GIL, and several native threads share it: Python's threads would come back for the GIL
-after every few megabytes, and wait for it while an engine runs.
+A copy costs the same wherever it runs, so a batch is cut into parts for a few threads, each one call without the GIL.
 """
 
 from __future__ import annotations
@@ -51,9 +50,7 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-#: What is copied before anybody looks whether the batch is still wanted. It is one call of the native part, whose
-#: threads share it: one that came back to Python for every few megabytes would wait there for the engine's.
-_PART_BYTES = 64 << 20
+_PART_BYTES = 1 << 20
 _SWEEP_SECONDS = 0.5
 _FORMS = 64
 
@@ -167,8 +164,7 @@ class MemoryBackend(Backend):
             )  # fmt: skip
         sharers = self._sharers
         locks, number = (-1, 1) if sharers is None else (sharers.fd, sharers.number)
-        threads = self.options.threads
-        return _native.Region(memory.address, memory.size, memory.fd, locks, number, memory, threads)
+        return _native.Region(memory.address, memory.size, memory.fd, locks, number, memory)
 
     def _leave(self) -> None:
         if self._sharers is not None:
@@ -271,7 +267,8 @@ class MemoryBackend(Backend):
         if self._region is None or os.getpid() != self._pid:  # a forked child has none of the threads
             return Completion.finished(len(batch), gone)
         completion = Completion(len(batch), self.dispatcher)
-        step = -(-_PART_BYTES // form.shape.payload_bytes)
+        least = -(-_PART_BYTES // form.shape.payload_bytes)
+        step = max(least, -(-len(batch) // self.options.threads))
         for first in range(0, len(batch), step):
             self._pool.submit(self._run, move, form, batch, first, min(first + step, len(batch)), completion)
         return completion

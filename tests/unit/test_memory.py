@@ -184,20 +184,6 @@ def test_pages_of_many_sizes_share_the_room(open_one: Open) -> None:
     assert tier.write(HostPool(too_large, 1).write_batch(chain("a", 1))).result(30) == [Outcome.REJECTED]
 
 
-def test_a_batch_that_several_threads_share(open_one: Open) -> None:
-    """Each page is its own, and one that is damaged or absent costs no other."""
-    tier, space, keys = open_one(capacity=64 * MIB, threads=4), namespace((700_000, 300)), chain("a", 24)
-    for turn in range(8):
-        assert tier.write(HostPool(space, 24).write_batch(keys)).result(30) == [Outcome.HIT] * 24
-        assert tier._memory is not None
-        start = tier._memory._map.find(content(space, keys[turn])[:64].tobytes())
-        tier._memory._map[start + 500_000] ^= 1
-        assert tier.remove(key_batch(space, [keys[20]])) == 1
-        expected = [Outcome.HIT] * 24
-        expected[turn], expected[20] = Outcome.CORRUPT, Outcome.MISS
-        assert served(tier, space, keys) == expected
-
-
 def test_what_goes_next_is_told_before_it_goes(open_one: Open) -> None:
     tier = open_one()
     _store(tier, chain("a", 4))
