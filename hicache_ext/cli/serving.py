@@ -7,9 +7,11 @@ does with the answers.
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 class ServerFailed(RuntimeError):
@@ -38,10 +42,20 @@ class Answer:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now, and that the kernel gives to no outgoing connection meanwhile."""
+    try:
+        lowest = int(_EPHEMERAL.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        lowest = 32768
+    ours = [random.randrange(lowest - 10_000, lowest) for _ in range(50)] if lowest > 12_000 else []
+    for port in [*ours, 0]:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise OSError(errno.EADDRINUSE, "no TCP port is free on 127.0.0.1")
 
 
 def _wait_until_gone(group: int, limit_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -50,6 +51,17 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_to_a_connection_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found = {free_port() for _ in range(20)}
+    assert len(found) > 1
+    assert all(1024 < port < lowest for port in found)
+    with socket.create_server(("127.0.0.1", found.pop())) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("random.randrange", lambda *_: port)
+        assert free_port() != port, "one that is taken is passed over"
 
 
 @pytest.mark.parametrize("cumulative", ["0", "1"])
