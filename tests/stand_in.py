@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,15 +40,16 @@ for number, script in enumerate(scripts):
 """
 
 
-def run(folder: Path, scripts: Mapping[str, str]) -> dict[str, str]:
-    """What each script printed, by name. folder: an empty one. Skips where there is no compiler."""
+def run(folder: Path, head: str, scripts: Mapping[str, str]) -> dict[str, str]:
+    """What each script printed, by name, run after `head`; both as they are indented. folder: an empty one. Skips where
+    there is no compiler."""
     if COMPILER is None:
         pytest.skip("no C compiler")
     driver = folder / "libcuda.so.1"
     command = [COMPILER, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(driver)]
     subprocess.run([*command, str(ROOT / "tests" / "stand_in_driver.c")], check=True, timeout=60)
     written = folder / "scripts.json"
-    written.write_text(json.dumps(list(scripts.values())))
+    written.write_text(json.dumps([textwrap.dedent(head) + textwrap.dedent(script) for script in scripts.values()]))
     done = subprocess.run(
         [sys.executable, "-c", _RUNNER, str(driver), str(written)], capture_output=True, text=True, timeout=240,
         cwd=ROOT,

@@ -19,16 +19,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hicache_ext.device.copies import Copies, Part
 from hicache_ext.page import KEY_BYTES, Namespace, chain_parents
 from hicache_ext.store import TieredStore
 from hicache_ext.store.inject import FaultyStore
 from hicache_ext.store.overdue import account_overdue
-from hicache_ext.vllm.device_blocks import DeviceBlocks, UnitSlots
+from hicache_ext.vllm.device_blocks import DeviceBlocks, Numbers, UnitSlots
 from hicache_ext.vllm.moves import Loaded
 from hicache_ext.vllm.pages import Pages
 from storage_backends.base import Completion, KeyBatch, Outcome
@@ -46,12 +48,23 @@ class _Load:
     """ready: an event of the device after which the blocks may be written. open: pages without an outcome."""
 
     pages: Pages
+    blocks: DeviceBlocks
     space: Namespace
     ready: Any
     deadline: float
     ended: Loaded
     outcomes: bytearray
     open: int
+
+    # A load has up to a hundred parts, so: once.
+
+    @cached_property
+    def units(self) -> Numbers:
+        return self.blocks.units(self.pages)
+
+    @cached_property
+    def wanted(self) -> NDArray[np.bool_]:
+        return self.blocks.wanted(self.pages)
 
 
 @dataclass(eq=False)
@@ -68,6 +81,15 @@ class _Part:
     @property
     def rows(self) -> slice:
         return slice(self.first, self.last)
+
+    @property
+    def keys(self) -> bytes:
+        return self.load.pages.keys[self.first * KEY_BYTES : self.last * KEY_BYTES]
+
+    @property
+    def parents(self) -> bytes:
+        pages, start = self.load.pages, self.first * KEY_BYTES
+        return chain_parents(self.keys, pages.keys[start - KEY_BYTES : start] if start else pages.parent)
 
 
 class DeviceLoads:
@@ -87,7 +109,8 @@ class DeviceLoads:
 
     def put(self, pages: Pages, space: Namespace, ready: Any, deadline: float, ended: Loaded) -> None:
         """Load these pages. Never blocks."""
-        self._queue.put(_Load(pages, space, ready, deadline, ended, bytearray(pages.count), pages.count))
+        blocks = self._blocks[pages.group]
+        self._queue.put(_Load(pages, blocks, space, ready, deadline, ended, bytearray(pages.count), pages.count))
 
     def close(self) -> None:
         """The thread is over when this returns; what is still on its way has ended as late."""
@@ -140,16 +163,14 @@ class DeviceLoads:
 
     def _read(self, part: _Part) -> bool:
         """Begin to read; False where there are no slots for now."""
-        load, pages = part.load, part.load.pages
-        staging = self._slots[pages.group].staging
+        load = part.load
+        staging = self._slots[load.pages.group].staging
         slots = staging.take(part.last - part.first)
         if slots is None:
             return False
         part.slots = slots
-        keys = pages.keys[part.first * KEY_BYTES : part.last * KEY_BYTES]
-        parents = chain_parents(pages.keys, pages.parent)[part.first * KEY_BYTES : part.last * KEY_BYTES]
         try:
-            part.read = self._store.read(staging.batch(load.space, keys, parents, slots))
+            part.read = self._store.read(staging.batch(load.space, part.keys, part.parents, slots))
         except Exception:
             logger.exception("hicache_ext: a load could not be started; its pages are recomputed")
             part.read = Completion.finished(len(slots), Outcome.FAILED)
@@ -172,17 +193,16 @@ class DeviceLoads:
 
     def _copy(self, part: _Part, outcomes: bytes) -> bytes:
         """Good pages go to their blocks; the outcomes after that."""
-        load, pages = part.load, part.load.pages
+        load, group = part.load, part.load.pages.group
         good = np.frombuffer(outcomes, np.uint8) == Outcome.HIT
         if not good.any():
             return outcomes
         try:
-            blocks, slots = self._blocks[pages.group], self._slots[pages.group]
-            chosen = blocks.wanted(pages)[part.rows] & good[:, None]
-            targets, sources = blocks.units(pages)[part.rows][chosen], slots.units(part.slots)[chosen]
+            chosen = load.wanted[part.rows] & good[:, None]
+            targets, sources = load.units[part.rows][chosen], self._slots[group].units(part.slots)[chosen]
             load.ready.synchronize()
             since = time.monotonic()
-            self._copies.load(Part(str(pages.group), sources, targets))
+            self._copies.load(Part(str(group), sources, targets))
             self._count("load_device_us", int((time.monotonic() - since) * 1e6))
         except Exception:
             logger.exception("hicache_ext: loaded pages could not be put into their blocks; they are recomputed")
@@ -195,9 +215,7 @@ class DeviceLoads:
         else:
             part.late = True
             part.read.cancel()
-            pages = part.load.pages
-            keys = pages.keys[part.first * KEY_BYTES : part.last * KEY_BYTES]
-            account_overdue(self._store, KeyBatch(part.load.space, keys))
+            account_overdue(self._store, KeyBatch(part.load.space, part.keys))
         self._settle(part, bytes([Outcome.TIMEOUT]) * (part.last - part.first))
 
     def _give_later(self, part: _Part) -> None:
@@ -213,11 +231,10 @@ class DeviceLoads:
         if load.open:
             return
         bad = np.frombuffer(load.outcomes, np.uint8) != Outcome.HIT
-        blocks = self._blocks[load.pages.group]
         missing: Sequence[int] = ()
         if bad.any():
             try:
-                missing = np.unique(blocks.blocks_in(load.pages)[blocks.wanted(load.pages) & bad[:, None]]).tolist()
+                missing = np.unique(load.blocks.blocks_in(load.pages)[load.wanted & bad[:, None]]).tolist()
             except IndexError:
                 missing = load.pages.blocks
         load.ended(missing, bytes(load.outcomes))

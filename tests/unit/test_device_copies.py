@@ -250,8 +250,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each case printed."""
-    scripts = {name: textwrap.dedent(HEAD) + textwrap.dedent(script) for name, (script, _) in CASES.items()}
-    return stand_in.run(tmp_path_factory.mktemp("cases"), scripts)
+    return stand_in.run(tmp_path_factory.mktemp("cases"), HEAD, {name: script for name, (script, _) in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,8 +6,6 @@ or speed. On a GPU: tests/gpu/test_vllm_blocks.py.
 
 from __future__ import annotations
 
-import textwrap
-
 import pytest
 
 from tests import stand_in
@@ -117,8 +115,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each case printed."""
-    scripts = {name: textwrap.dedent(HEAD) + textwrap.dedent(script) for name, (script, _) in CASES.items()}
-    return stand_in.run(tmp_path_factory.mktemp("cases"), scripts)
+    return stand_in.run(tmp_path_factory.mktemp("cases"), HEAD, {name: script for name, (script, _) in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)
