@@ -178,8 +178,8 @@ class DeviceSlots(SlotEngine):
             seal_header(group.header(place), len(group.io.lengths), row)
         headers = self._begin_headers(group, places, group.headers[places], True)
         try:
-            files = self._issue(lane, group, places)
-            moved = self._results(lane, group, places)
+            files, pieces = self._issue(lane, group, places)
+            moved = self._results(lane, len(places), pieces)
             del files
         finally:  # their memory is given back after this
             sent = headers.wait()
@@ -206,13 +206,14 @@ class DeviceSlots(SlotEngine):
     def payload(self, lane: _cuda.CuFileLane, group: SlotGroup, places: list[int]) -> tuple[list[int], np.ndarray]:
         """Read these pages' payloads into the device; bytes of each or -errno, and their checksums there: uint32[n,
         chunks]. In stream order the device goes from the one to the other by itself."""
-        files = self._issue(lane, group, places)
+        files, pieces = self._issue(lane, group, places)
         crcs = self._crcs(lane, group, places)
-        moved = self._results(lane, group, places)
+        moved = self._results(lane, len(places), pieces)
         del files  # not before nothing uses them any more
         return moved, crcs
 
-    def _issue(self, lane: _cuda.CuFileLane, group: SlotGroup, places: list[int]) -> list[_cuda.CuFileFile]:
+    def _issue(self, lane: _cuda.CuFileLane, group: SlotGroup, places: list[int]) -> tuple[list[_cuda.CuFileFile], int]:
+        """Begin to move these pages' payloads: the files that this uses, and how many pieces a page is."""
         shape, pieces = group.io.shape, _pieces(group, places)
         extents: dict[int, Extent] = {group.extents[place].serial: group.extents[place] for place in places}
         numbers = {serial: number for number, serial in enumerate(extents)}
@@ -225,14 +226,13 @@ class DeviceSlots(SlotEngine):
         bases = self._route.bases(addresses, lengths)
         which = np.repeat(which, len(pieces.length))
         lane.issue(self._route.way, group.write, files, which, bases, addresses, lengths, offsets)
-        return files
+        return files, len(pieces.length)
 
-    def _results(self, lane: _cuda.CuFileLane, group: SlotGroup, places: list[int]) -> list[int]:
-        """Bytes of each page's payload, or -errno."""
-        pieces = _pieces(group, places)
-        moved = np.zeros(len(places) * len(pieces.length), np.int64)
+    def _results(self, lane: _cuda.CuFileLane, pages: int, pieces: int) -> list[int]:
+        """Bytes of each page's payload, or -errno. pieces: of a page."""
+        moved = np.zeros(pages * pieces, np.int64)
         lane.results(moved)
-        rows = moved.reshape(len(places), -1)
+        rows = moved.reshape(pages, pieces)
         if not (rows < 0).any():
             self._route.well()
             return rows.sum(axis=1).tolist()
@@ -296,7 +296,8 @@ def _pieces(group: SlotGroup, places: list[int]) -> _Pieces:
     lengths, rows = group.io.lengths, group.payload[places]
     starts = np.cumsum(lengths) - lengths
     whole = bool((rows[:, 1:] == rows[:, :-1] + lengths[:-1]).all())  # the buffers lie one behind the other
-    spans = [(0, 0, int(lengths.sum()))] if whole else list(enumerate_spans(starts, lengths))
+    each = zip(range(len(lengths)), starts.tolist(), lengths.tolist(), strict=True)
+    spans = [(0, 0, int(lengths.sum()))] if whole else list(each)
     cut = [
         (buffer, first, at + first, min(PIECE_BYTES, length - first))
         for buffer, at, length in spans
@@ -306,10 +307,6 @@ def _pieces(group: SlotGroup, places: list[int]) -> _Pieces:
     return _Pieces(
         np.array(buffer, np.intp), np.array(start, np.uint64), np.array(at, np.uint64), np.array(length, np.uint64)
     )
-
-
-def enumerate_spans(starts: np.ndarray, lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    return [(i, int(start), int(length)) for i, (start, length) in enumerate(zip(starts, lengths, strict=True))]
 
 
 def _chunks(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
