@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,16 +11,8 @@ from typing import Any
 
 import pytest
 
+from hicache_ext.cli.serving import free_port
 from tests.child import Child
-
-
-def free_port() -> int:
-    """A port that was free a moment ago, low enough for a cluster's bus (port + 10000)."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            port: int = one.getsockname()[1]
-        if port < 55000:
-            return port
 
 
 class RedisServer(Child):

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from hicache_ext.cli.serving import free_port
 from tests.certificates import Certificate
 from tests.child import Child, die_with_parent
-from tests.redis_server import free_port
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
 

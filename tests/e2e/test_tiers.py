@@ -24,11 +24,12 @@ import pytest
 import requests
 import yaml
 
+from hicache_ext.cli.serving import free_port
 from storage_backends import registry
 from tests.e2e.test_server import PAGE, Client, Place, prompt, serve
 from tests.mooncake_server import MooncakeServer, installed
 from tests.netns import Host, Network
-from tests.redis_server import RedisServer, free_port
+from tests.redis_server import RedisServer
 from tests.s3_server import CREDENTIALS, S3Server
 
 pytestmark = [

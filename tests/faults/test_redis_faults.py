@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from hicache_ext.cli.serving import free_port
 from storage_backends.base import Backend, Dispatcher, Outcome
 from tests.certificates import Certificate, certificate
 from tests.pages import HostPool, chain, content, key_batch, namespace
 from tests.proxy import Proxy
-from tests.redis_server import RedisServer, free_port
+from tests.redis_server import RedisServer
 from tests.remote import Asking
 
 pytest.importorskip("redis")

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
+from hicache_ext.cli.serving import free_port
 from storage_backends.base import Backend, Dispatcher, Outcome
 from tests.certificates import certificate
 from tests.child import die_with_parent
 from tests.pages import HostPool, chain, key_batch, namespace
 from tests.proxy import Proxy
-from tests.redis_server import free_port
 from tests.remote import Asking
 from tests.s3_server import CREDENTIALS, S3Server, s3_server
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from hicache_ext.cli.serving import free_port
 from tests.netns import Host, Network
-from tests.redis_server import free_port
 
 _SERVE = "import socket; s = socket.create_server(('0.0.0.0', {port})); print('up', flush=True)\nwhile 1: s.accept()"
 

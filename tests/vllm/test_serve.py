@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from hicache_ext.cli.serving import Server
-from tests.redis_server import RedisServer, free_port
+from hicache_ext.cli.serving import Server, free_port
+from tests.redis_server import RedisServer
 from tests.router.indexer import Indexer
 from tests.vllm.test_vllm import HERE, PYTHON
 
