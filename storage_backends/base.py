@@ -384,6 +384,12 @@ class Backend(ABC):
     def register_memory(self, address: int, length: int) -> None:
         """Pages will lie here until `close`: register it with the device or the server where that pays. May wait."""
 
+    def reach_device(self, ordinal: int) -> None:
+        """An engine's KV lies on this CUDA device: reach it, if you can, from now on; `capabilities.memory` has
+        "device" then. Asked before device memory is registered, and never in a process whose pools are host memory. May
+        wait, for as long as it takes to pin memory; a device that cannot be reached is said, and costs nothing else.
+        """
+
     def on_residency(self, listener: ResidencyListener | None) -> None:
         """Who hears of stored and removed pages (None: nobody). Calls come on the dispatcher thread."""
         self._listener = listener

@@ -94,9 +94,12 @@ def _host_slots(pool: DevicePool, pools: Pools, size: int, on_gpu: bool) -> Stag
 
 def device_sides(pools: Pools, store: Store, total: int) -> tuple[Side | None, Side | None]:
     """As host_sides, in device memory, where a tier reaches it now; None: not so, or no room, which is said."""
-    if not is_on_gpu(pools) or not (store.writes_from_device or store.reads_to_device is not None):
+    if not is_on_gpu(pools):
         return None, None
     device = next(plane.buffer.device for pool in pools.values() for plane in pool.planes)
+    store.reach_device(device.index or 0)
+    if not (store.writes_from_device or store.reads_to_device is not None):
+        return None, None
     sides: list[Side] = []
     try:
         for _ in range(2):

@@ -88,6 +88,9 @@ class FaultyStore:
     def writes_from_device(self) -> bool:
         return self.store.writes_from_device
 
+    def reach_device(self, ordinal: int) -> None:
+        self.store.reach_device(ordinal)
+
     def register_memory(self, address: int, length: int, memory: MemoryKind = "host") -> None:
         self.store.register_memory(address, length, memory)
 

@@ -33,8 +33,6 @@ _FIRST_SECONDS, _LONGEST_SECONDS = 1.0, 60.0
 class LateBackend(Backend):
     """Answers that nothing is there and takes nothing, until `opening` succeeds; from then on it is that backend."""
 
-    capabilities = Capabilities(persistent=False, shared=False)
-
     def __init__(
         self, name: str, opening: Callable[[], Backend], error: Exception, dispatcher: Dispatcher,
         first: float = _FIRST_SECONDS,
@@ -43,13 +41,19 @@ class LateBackend(Backend):
         super().__init__(BackendOptions(), dispatcher)
         self._name, self._opening, self._error = name, opening, error
         self._inner: Backend | None = None
+        self._capabilities = Capabilities(persistent=False, shared=False)
         self._memory: list[tuple[int, int]] = []
+        self._device: int | None = None
         self._wait = first
         self._closing = threading.Event()
         self._lock = threading.Lock()
         logger.error("tier %s: cannot be opened: %s; the others serve, and this one is tried again", name, error)
         self._thread = threading.Thread(target=self._try, name=f"hicache-late-{name}", daemon=True)
         self._thread.start()
+
+    @property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]
+        return self._capabilities if self._inner is None else self._inner.capabilities
 
     def lookup(self, batch: KeyBatch) -> np.ndarray:
         return np.zeros(len(batch), np.uint8) if self._inner is None else self._inner.lookup(batch)
@@ -78,6 +82,12 @@ class LateBackend(Backend):
             self._memory.append((address, length))
             if self._inner is not None:
                 self._inner.register_memory(address, length)
+
+    def reach_device(self, ordinal: int) -> None:
+        with self._lock:
+            self._device = ordinal
+            if self._inner is not None:
+                self._inner.reach_device(ordinal)
 
     def on_residency(self, listener: ResidencyListener | None) -> None:
         with self._lock:
@@ -114,9 +124,11 @@ class LateBackend(Backend):
                 if self._closing.is_set():
                     opened.close()
                     return
+                if self._device is not None:
+                    opened.reach_device(self._device)
                 for address, length in self._memory:
                     opened.register_memory(address, length)
-                self.capabilities = opened.capabilities  # first: who hears of a page asks in which medium it is
+                self._capabilities = opened.capabilities  # first: who hears of a page asks in which medium it is
                 opened.on_residency(self._listener)
                 self._inner = opened
             logger.warning("tier %s: open now", self._name)

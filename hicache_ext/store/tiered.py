@@ -427,6 +427,15 @@ class TieredStore:
             except NotImplementedError:
                 logger.warning("tier %s: cannot forget single namespaces; its pages stay", tier.name)
 
+    def reach_device(self, ordinal: int) -> None:
+        """The caller's pools lie on this CUDA device: `reads_to_device` and `writes_from_device` say afterwards what
+        comes of it. Call it before they are asked, and before memory of the device is registered. May wait."""
+        for tier in self.tiers:
+            try:
+                tier.backend.reach_device(ordinal)
+            except Exception:
+                logger.exception("tier %s: cannot reach device %s: pages go through host memory", tier.name, ordinal)
+
     def register_memory(self, address: int, length: int, memory: MemoryKind = "host") -> None:
         """Tell every tier that takes this kind of memory where the caller's pool lies."""
         for tier in self.tiers:

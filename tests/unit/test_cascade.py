@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hicache_ext.config import Config, ConfigError
 from hicache_ext.store import NO_TIER, TieredStore
 from hicache_ext.store.copies import CopyBudget, copy_pages
 from hicache_ext.store.health import Health
+from hicache_ext.store.inject import FaultyStore
 from hicache_ext.store.late import LateBackend
 from hicache_ext.store.tier import Cost, Promotion, Recent, Tier, Writing
 from storage_backends.base import Backend, Capabilities, Completion, Dispatcher, KeyBatch, Outcome, PageBatch
@@ -336,6 +338,45 @@ def test_a_tier_that_is_down_at_the_start_comes_when_it_can() -> None:
     store.write(HostPool(SPACE, 3).write_batch(more)).result(5)
     assert store.settled(5)
     assert _holds(real, more) == [1] * 3
+    store.close()
+
+
+def test_every_tier_is_told_of_the_device_and_one_that_comes_late_as_well() -> None:
+    class Reaching(DictionaryBackend):
+        reached: int | None = None
+
+        def reach_device(self, ordinal: int) -> None:
+            self.reached = ordinal
+            self.capabilities = replace(self.capabilities, memory=("host", "device"))
+
+    class Failing(DictionaryBackend):
+        def reach_device(self, ordinal: int) -> None:
+            raise RuntimeError("a defect")
+
+    dispatcher = Dispatcher()
+    first, near, real = (kind(DictionaryOptions(), dispatcher) for kind in (Failing, Reaching, Reaching))
+    may_open = threading.Event()
+
+    def opening() -> Backend:
+        assert may_open.wait(30)
+        return real
+
+    late = LateBackend("far", opening, ConnectionRefusedError("not yet"), dispatcher, first=0.01)
+    tiers = [Tier("first", first), Tier("near", near, promotion=Promotion.NEVER), Tier("far", late)]
+    store = TieredStore(tiers, dispatcher)
+    assert store.reads_to_device is None
+    FaultyStore(store).reach_device(3)
+    assert getattr(near, "reached", None) == 3
+    assert (store.reads_to_device, store.writes_from_device) == (1, False)
+    assert late.capabilities.memory == ("host",)
+    may_open.set()
+    until = time.monotonic() + 30
+    while late.capabilities.memory != ("host", "device"):
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    assert getattr(real, "reached", None) == 3
+    real.capabilities = replace(real.capabilities, memory=("host",))
+    assert late.capabilities.memory == ("host",), "a device that is out is seen through it"
     store.close()
 
 
