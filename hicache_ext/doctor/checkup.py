@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _SECONDS = 10.0
 _TOO_LARGE = re.compile(r"\.capacity = .*the disk has ")
 _SILENT = "look whether its server answers: hicache-ext config check FILE"
 _HUNG_DISK = "look for a disk or a mount that does not answer: sudo dmesg | tail; cat /proc/mounts"
+_NO_MEMORY = "cat /proc/meminfo"
 
 
 def checkup(config: Path | None = None, seconds: float = _SECONDS) -> list[Finding]:
@@ -28,35 +30,33 @@ def checkup(config: Path | None = None, seconds: float = _SECONDS) -> list[Findi
 
     seconds: limit of each of the two rounds; the probes of a round run at once, each in a process of its own.
     """
-    places: list[tier.Place] = []
-    shares: list[share.SharePlace] = []
-    regions: list[shared_memory.Place] = []
-    servers: list[tuple[int, str]] = []
-    on_gpus: list[gds.Place] = []
+    places = _Places()
     findings: list[Finding] = []
     if config is None:
         findings.append(ok("configuration", "none given: tiers are not checked (--config FILE)"))
     else:
         (known,) = ask([Call(partial(_places, config), seconds, _Places)])
-        places, shares, regions, servers, on_gpus = known.value or ([], [], [], [], [])
+        places = known.value or places
     probes: list[tuple[str, Callable[[], Any], str]] = [
         ("software", software.probe, "python -m pip check"),
         ("memory", memory.probe, "cat /proc/self/status"),
-        *[(f"{place.label}: path", partial(tier.probe, place), _HUNG_DISK) for place in places],
-        *[(f"{place.label}: path", partial(share.probe, place), _HUNG_DISK) for place in shares],
-        *[(f"{place.label}: memory", partial(shared_memory.probe, place), "cat /proc/meminfo") for place in regions],
-        *[(f"{place.label}: GPU", partial(gds.probe, place), "nvidia-smi") for place in on_gpus],
+        *[(f"{place.label}: path", partial(tier.probe, place), _HUNG_DISK) for place in places.disks],
+        *[(f"{place.label}: path", partial(share.probe, place), _HUNG_DISK) for place in places.shares],
+        *[(f"{place.label}: memory", partial(shared_memory.probe, place), _NO_MEMORY) for place in places.regions],
+        *[(f"{place.label}: GPU", partial(gds.probe, place), "nvidia-smi") for place in places.on_gpus],
     ]
     if config is not None:
         probes.insert(0, ("configuration", partial(configuration, config), _HUNG_DISK))
-        probes += [(f"{label}: server", partial(server.probe, config, number), _SILENT) for number, label in servers]
+        probes += [
+            (f"{label}: server", partial(server.probe, config, number), _SILENT) for number, label in places.servers
+        ]
     calls = [Call(partial(_try_engine, name), seconds, engines.Trial) for name in PREFERENCE]
     answers = ask(calls + [Call(probe, seconds, list[Finding]) for _, probe, _ in probes])
     tried = {name: _engine_answer(answers[i]) for i, name in enumerate(PREFERENCE)}
     for (name, _, fix), answer in zip(probes, answers[len(PREFERENCE) :], strict=True):
         findings += [error(name, answer.problem, fix)] if answer.problem else answer.value
         if name == "memory":
-            findings += engines.judge(tried, {place.engine for place in places})
+            findings += engines.judge(tried, {place.engine for place in places.disks})
     return findings
 
 
@@ -75,34 +75,35 @@ def configuration(file: Path) -> list[Finding]:
     return [ok("configuration", f"{file}: valid; tiers, fast to slow: {tiers}"), *sharing.probe(config)]
 
 
-_Places = tuple[
-    list[tier.Place], list[share.SharePlace], list[shared_memory.Place], list[tuple[int, str]], list[gds.Place]
-]
+@dataclass
+class _Places:
+    """What a configuration's tiers use. servers: of tiers that have one, number and name."""
+
+    disks: list[tier.Place] = field(default_factory=list)
+    shares: list[share.SharePlace] = field(default_factory=list)
+    regions: list[shared_memory.Place] = field(default_factory=list)
+    servers: list[tuple[int, str]] = field(default_factory=list)
+    on_gpus: list[gds.Place] = field(default_factory=list)
 
 
 def _places(file: Path) -> _Places:
-    """The local tiers, the shares, the tiers in memory, those with a server (number and name) and those that reach GPUs
-    of a file as far as it can be understood; `configuration` says what is wrong with the rest."""
-    disks: list[tier.Place] = []
-    shares: list[share.SharePlace] = []
-    regions: list[shared_memory.Place] = []
-    servers: list[tuple[int, str]] = []
-    on_gpus: list[gds.Place] = []
+    """Of a file as far as it can be understood; `configuration` says what is wrong with the rest."""
+    found = _Places()
     try:
         listed = read_file(file).get("tiers")
     except ConfigError:
-        return disks, shares, regions, servers, on_gpus
+        return found
     for number, values in enumerate(listed if isinstance(listed, list) else []):
         try:
             chosen = TierConfig.model_validate(values)
-            disks += _disks(chosen)
-            shares += _shares(chosen)
-            regions += shared_memory.places(chosen)
-            on_gpus += gds.places(chosen)
-            servers += [(number, chosen.label)] if server.has_server(chosen) else []
+            found.disks += _disks(chosen)
+            found.shares += _shares(chosen)
+            found.regions += shared_memory.places(chosen)
+            found.on_gpus += gds.places(chosen)
+            found.servers += [(number, chosen.label)] if server.has_server(chosen) else []
         except ValueError:
             continue
-    return disks, shares, regions, servers, on_gpus
+    return found
 
 
 def _shares(chosen: TierConfig) -> list[share.SharePlace]:
