@@ -137,11 +137,12 @@ fuzz: venv
 	$(PIP) install -q atheris || echo "atheris does not install here: inputs are mutated blindly"
 	$(BIN)/python -m tests.fuzz.run $(ARGS)
 
-# The index, the region of shared memory, the header scan, the checksums and the native engine under ASan with UBSan,
-# then under TSan (which wants the old address layout).
+# The index, the region of shared memory, the header scan, runs of slots, the checksums and the native engine under ASan
+# with UBSan, then under TSan (which wants the old address layout).
 SANITIZED_INDEX := $(addprefix csrc/index/,test_index.cpp adoption.cpp chains.cpp folders.cpp index.cpp log.cpp order.cpp) csrc/checksum/crc32c.cpp
 SANITIZED_REGION := $(addprefix csrc/memory/,test_region.cpp pages.cpp region.cpp room.cpp supply.cpp table.cpp) csrc/io/slot.cpp csrc/checksum/copy.cpp csrc/checksum/crc32c.cpp
 SANITIZED_SCAN := csrc/scan/test_scan.cpp csrc/scan/scan.cpp csrc/io/slot.cpp csrc/checksum/crc32c.cpp
+SANITIZED_SLOTS := csrc/slots/test_run.cpp csrc/slots/run.cpp csrc/io/slot.cpp csrc/checksum/crc32c.cpp
 SANITIZED_CHECKSUM := csrc/checksum/test_crc32c.cpp csrc/checksum/crc32c.cpp
 SANITIZED := csrc/io/test_engine.cpp csrc/io/engine.cpp csrc/io/ring.cpp csrc/io/slot.cpp csrc/checksum/crc32c.cpp
 CXX ?= g++
@@ -157,6 +158,7 @@ sanitize:
 	sanitized test_index $(SANITIZED_INDEX:%=../../%); \
 	sanitized test_region $(SANITIZED_REGION:%=../../%); \
 	sanitized test_scan $(SANITIZED_SCAN:%=../../%); \
+	sanitized test_run $(SANITIZED_SLOTS:%=../../%); \
 	sanitized test_crc32c $(SANITIZED_CHECKSUM:%=../../%); \
 	if echo '#include <liburing.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1; then \
 	  sanitized test_engine $(SANITIZED:%=../../%) -luring; \
