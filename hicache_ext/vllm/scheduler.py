@@ -125,8 +125,7 @@ class SchedulerHalf:
             return 0
         if tracked.failed or getattr(request, "skip_reading_prefix_cache", False):
             return 0
-        # At least one token is left to compute: a forward without any gives no logits.
-        first, last = computed // self._page_size, (request.num_tokens - 1) // self._page_size
+        first, last = computed // self._page_size, self._last(request.num_tokens, computed)
         keys = tracked.chain.keys(last)
         if first >= last or len(keys) <= first * KEY_BYTES:
             return 0
@@ -145,6 +144,15 @@ class SchedulerHalf:
             tiers = np.where(tiers == NO_TIER, tiers[pages - 1], tiers)
             tracked.planned = (computed, tiers[: (computed + tokens) // self._page_size - first])
         return tokens
+
+    def _last(self, tokens: int, computed: int) -> int:
+        """Pages of a prompt that are worth to be asked for. The last token is computed whatever there is: vLLM takes it
+        off a load of the whole prompt, and a step of one token is a decode, which costs a fraction of a prefill. For
+        that token alone nothing is loaded."""
+        last = (tokens - 1) // self._page_size
+        if computed // self._page_size < last and not any(self._windows):  # a window's blocks end with the prefix
+            return tokens // self._page_size
+        return last
 
     def _found(self, tracked: _Tracked, first: int, asked: bytes, parent: bytes) -> list[np.ndarray] | None:
         """By group, the tiers of these pages, which begin with number `first`; None while a server has not answered."""

@@ -20,6 +20,7 @@ from typing import Any
 from rig import PAGE, Engine, local, make_hybrid, prompt
 
 LONG, SHORT = prompt(400), prompt(37, seed=8)
+WHOLE = LONG[: len(LONG) // PAGE * PAGE]
 MANY = [prompt(150, seed=20 + i) for i in range(4)]
 KILLED = [prompt(400, seed=40 + i) for i in range(20)]
 
@@ -219,6 +220,19 @@ def chunked(root: Path) -> Any:
     engine.settle()
     engine.forget_device()
     result |= {"again": engine.run(LONG, SHORT), "leaked": engine.leaked()}
+    return result
+
+
+def whole(root: Path) -> Any:
+    """A prompt of whole pages, all of which are loaded: vLLM computes its last token again; and without its last page."""
+    engine = Engine(root, local(root, "whole"))
+    result: dict[str, Any] = {"first": engine.run(WHOLE), "device": engine.run(WHOLE)}
+    engine.settle()
+    engine.forget_device()
+    result |= {"loaded": engine.run(WHOLE), "twice": engine.run(WHOLE), "counts": engine.worker.counts()}
+    engine.forget_device()
+    _some_fail(engine, len(WHOLE) // PAGE)
+    result |= {"without_last": engine.run(WHOLE), "leaked": engine.leaked(), "failed": engine.worker.counts()}
     return result
 
 

@@ -24,7 +24,7 @@ SCENARIOS = (
     "plain", "cold", "warm", "producer", "consumer", "salts", "damaged", "unverified", "failing", "hung", "preempted",
     "chunked", "aborted", "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh",
     "mistakes", "beside_writer", "shared", "unshared", "exchanged", "announced",
-    "scheduler_cost", "identifiers", "windows",
+    "scheduler_cost", "identifiers", "windows", "whole",
 )  # fmt: skip
 
 pytestmark = [
@@ -135,6 +135,19 @@ def test_preemption_and_chunks(results: dict[str, Any], right: list[list[int]]) 
     assert cached(chunked["again"]) == [384, 32]
     assert tokens(chunked["first"]) == tokens(chunked["again"]) == right
     assert preempted["leaked"] == chunked["leaked"] == 0
+
+
+def test_a_prompt_of_whole_pages_is_loaded_whole(results: dict[str, Any]) -> None:
+    """vLLM takes the last token off such a load, so that it is a decode's step; not for what the device has already."""
+    found = results["whole"]
+    assert {name: cached(found[name]) for name in ("first", "device", "loaded", "twice")} == {
+        "first": [0], "device": [352], "loaded": [384], "twice": [352],
+    }  # fmt: skip
+    assert found["counts"]["load_hit"] == 12
+    assert found["failed"]["load_failed"] == 1
+    for name in ("device", "loaded", "twice", "without_last"):
+        assert tokens(found[name]) == tokens(found["first"]), name
+    assert found["leaked"] == 0
 
 
 def test_an_abort_during_a_load_gives_the_blocks_back_afterwards(
