@@ -164,10 +164,11 @@ def keys_of(name: str, pages: int) -> bytes:
 @contextmanager
 def opened(
     layout: str, device: str, page: int | None = None, load_bytes: int = 1 << 20, wrap: Any = None, store: Any = None,
-    mark: Any = None,
+    mark: Any = None, device_bytes: int = 0, tiers: Any = None,
 ) -> Iterator[Case]:  # fmt: skip
     """page: tokens of a shared page; None: a page is a block as it lies. wrap: what becomes of each tensor before it is
-    registered. store: instead of one over a tier in memory."""
+    registered. store: what becomes of the store. tiers: instead of one in memory. device_bytes: for slots on the
+    device, where a tier reaches it."""
     tensors = LAYOUTS[layout](device)
     generator = torch.Generator().manual_seed(1)
     for tensor in tensors:
@@ -186,9 +187,9 @@ def opened(
         form = shape.layout
     space = Namespace("model", "weights", form, tag="canonical")
     counts = Counted()
-    tiered = TieredStore.open(Config.load({"tiers": [{"type": "memory", "capacity": "64MiB"}]}))
+    tiered = TieredStore.open(Config.load({"tiers": tiers or [{"type": "memory", "capacity": "64MiB"}]}))
     used = store(tiered) if store else tiered
-    moves = DeviceMoves(used, [blocks], [space], load_bytes, load_bytes, counts.count, mark)
+    moves = DeviceMoves(used, [blocks], [space], load_bytes, load_bytes, device_bytes, counts.count, mark)
     try:
         yield Case(tensors, host, blocks, space, tiered, moves, counts, page or TOKENS)
     finally:

@@ -6,7 +6,6 @@ belong here: the tier (gds_cases.py, gds_worker.py), or the whole linker (sglang
 
 from __future__ import annotations
 
-import ctypes
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 from hicache_ext.device.planes import Plane
+from hicache_ext.device.sides import Sides
 from hicache_ext.page import Namespace, PageLayout
 from hicache_ext.sglang import linker_sides
 from hicache_ext.sglang.linker_loads import Load, Loads, Wanted
@@ -31,7 +31,7 @@ from storage_backends.base import Dispatcher, KeyBatch
 from storage_backends.local import LocalBackend
 from tests.gds_cases import flip, opened, place_of
 from tests.pages import chain, namespace
-from tests.stand_ins import OnDevice, library, number
+from tests.stand_ins import OnDevice, OnGpu, number
 
 LAYERS, TOKENS, ROW, PAGES = 4, 8, 512, 40
 
@@ -41,17 +41,6 @@ class Rows:
 
     def prepare_locations(self, indices: Any) -> Any:
         return np.asarray(indices) * TOKENS
-
-
-class OnGpu:
-    """A tensor that says that it lies on a GPU."""
-
-    def __init__(self, tensor: Any) -> None:
-        self.tensor, self.device = tensor, torch.device("cuda:0")
-        library("cuda").stand_in_device_memory(ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(tensor.numel()))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tensor, name)
 
 
 class Linked:
@@ -73,7 +62,7 @@ class Linked:
         incoming, outgoing = linker_sides.host_sides(pools, 1 << 20)
         past = linker_sides.device_sides(pools, self.store, 1 << 20)
         assert past[0] is not None
-        self.sides = [linker_sides.Sides(incoming, past[0]), linker_sides.Sides(outgoing, past[1])]
+        self.sides = [Sides(incoming, past[0]), Sides(outgoing, past[1])]
         self.layers: list[int] = []
         self.ended: SimpleQueue[Any] = SimpleQueue()
         counter = SimpleNamespace(

@@ -6,6 +6,7 @@ Every case runs in a fork of its own, which loads the libraries for itself, and 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -16,13 +17,14 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from storage_backends.base import OptionError, Outcome
 from storage_backends.gds.decision import Way
-from tests import gds_cases, gds_linker
-from tests.gds_cases import disk_of, filled, opened, read
+from tests import gds_cases, gds_linker, past_blocks
+from tests.gds_cases import cufile_mode, disk_of, filled, flip, opened, place_of, read
 from tests.pages import HostPool, chain, namespace
 from tests.stand_ins import OnDevice, number, set_number
 
@@ -72,6 +74,27 @@ for linked in (
     gds_linker.with_a_tier_below_pages_are_written_through_the_host,
 ):
     CASES[f"linker_{linked.__name__}"] = linked
+
+
+def _reached(folder: Path) -> past_blocks.Reached:
+    """The gds tier, for the cases of vLLM's blocks."""
+    made = itertools.count()
+
+    def tier(kind: str, **options: Any) -> list[dict[str, Any]]:
+        return [{"type": kind, "path": str(folder / str(next(made))), "capacity": 256 << 20, **options}]
+
+    def spoil(case: Any, key: bytes) -> None:
+        file, at = place_of(case.store.tiers[0].backend, case.space, key)
+        flip(file, at + 4096 + 77)
+
+    return past_blocks.Reached(
+        lambda: tier("gds", mode=cufile_mode()), lambda: tier("local"), spoil,
+        lambda case: case.store.tiers[0].backend._out("a test"),
+    )  # fmt: skip
+
+
+for name, blocks in past_blocks.CASES.items():
+    CASES[f"vllm_{name}"] = lambda folder, blocks=blocks: blocks(_reached(folder))  # type: ignore[misc]
 
 
 @case

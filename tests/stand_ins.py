@@ -21,7 +21,7 @@ def set_number(name: str, value: int) -> None:
     for one in ("cuda", "cufile"):
         try:
             (ctypes.c_int if one == "cuda" else ctypes.c_ssize_t).in_dll(library(one), f"stand_in_{name}").value = value
-        except ValueError:
+        except (OSError, ValueError):  # not there, or it has no such switch
             continue
 
 
@@ -44,3 +44,29 @@ class OnDevice(HostPool):
 
     def pull(self) -> None:
         """It is host memory all along."""
+
+
+class OnGpu:
+    """A tensor of host memory that says it lies on a GPU; so do its views."""
+
+    def __init__(self, tensor: Any) -> None:
+        import torch
+
+        self.tensor, self.device = tensor, torch.device("cuda:0")
+        memory = tensor.untyped_storage()
+        library("cuda").stand_in_device_memory(ctypes.c_uint64(memory.data_ptr()), ctypes.c_uint64(memory.nbytes()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+    def __getitem__(self, where: Any) -> OnGpu:
+        return OnGpu(self.tensor[where])
+
+    def permute(self, *order: int) -> OnGpu:
+        return OnGpu(self.tensor.permute(*order))
+
+    def as_strided(self, *where: Any) -> OnGpu:
+        return OnGpu(self.tensor.as_strided(*where))
+
+    def unbind(self, dimension: int) -> list[OnGpu]:
+        return [OnGpu(part) for part in self.tensor.unbind(dimension)]

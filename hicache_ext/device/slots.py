@@ -179,12 +179,13 @@ class Staging(PageSlots):
 class DeviceStaging(PageSlots):
     """In a GPU's memory: pages that a tier moves there and from there itself."""
 
-    def __init__(self, layout: PageLayout, slots: int, device: int) -> None:
-        """device: its ordinal. CudaUnavailable: not to be had, or too little of it."""
+    def __init__(self, layout: PageLayout, slots: int, device: int, unit: int = 1) -> None:
+        """device: its ordinal. unit: bytes; slots lie a whole number of units apart. CudaUnavailable: not to be had, or
+        too little of it."""
         opened = open_device(device)
         from hicache_ext import _cuda
 
-        stride = self.stride_of(layout)
+        stride = self.stride_of(layout, unit)
         try:
             self._memory: _cuda.Memory | None = _cuda.memory(opened, stride * slots)
         except (_cuda.Unavailable, _cuda.Failed) as error:

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from hicache_ext.config import ConfigError
+from hicache_ext.device.sides import Sides
 from hicache_ext.page import Namespace, chain_parents, pack_keys
 from hicache_ext.sglang import identity, plugin, versions, weights
 from hicache_ext.sglang.guard import answers
@@ -49,7 +50,6 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoa
 from hicache_ext.sglang import linker_pools, linker_settings, linker_sides
 from hicache_ext.sglang.linker_loads import Load, LoadFailed, Loads, Wanted
 from hicache_ext.sglang.linker_offloads import Leaving, Offload, Offloads
-from hicache_ext.sglang.linker_sides import Sides
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +315,7 @@ class HiCacheExtLinker(UnifiedCacheLinker):
 
     def _ways(self) -> str:
         """How pages are copied, the preferred way first."""
-        return "; else ".join(side.copies.name for side in self._sides[0].all)
+        return self._sides[0].ways
 
     def close(self) -> None:
         """Let go of threads, tiers and memory. Idempotent."""

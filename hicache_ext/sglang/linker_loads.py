@@ -28,9 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hicache_ext.device.copies import Part
+from hicache_ext.device.sides import Side, Sides
 from hicache_ext.page import KEY_BYTES, Namespace, pack_keys, split_keys
 from hicache_ext.sglang.linker_planes import DevicePool
-from hicache_ext.sglang.linker_sides import Side, Sides
 from hicache_ext.store import TieredStore
 from hicache_ext.store.inject import FaultyStore
 from hicache_ext.store.overdue import account_overdue

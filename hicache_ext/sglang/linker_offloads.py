@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from hicache_ext.device.copies import Part
+from hicache_ext.device.sides import Sides
 from hicache_ext.device.slots import PageSlots
 from hicache_ext.page import Namespace, chain_parents, pack_keys
 from hicache_ext.sglang.linker_planes import DevicePool
-from hicache_ext.sglang.linker_sides import Sides
 from hicache_ext.sglang.stats import AdapterStats
 from hicache_ext.store import NO_TIER, TieredStore
 from hicache_ext.store.inject import FaultyStore

@@ -106,7 +106,8 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
             if device == "cpu":
                 return HostMoves(self._store, blocks, int(options.save_bytes), count)
             made = DeviceMoves(
-                self._store, blocks, spaces, int(options.load_bytes), int(options.save_bytes), count
+                self._store, blocks, spaces, int(options.load_bytes), int(options.save_bytes),
+                int(options.device_staging_bytes), count,
             )  # fmt: skip
             copies = f", {made.copies}"
             return made

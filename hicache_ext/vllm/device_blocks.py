@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from hicache_ext.canonical import Shape
 from hicache_ext.device.planes import Plane
-from hicache_ext.device.slots import Staging
+from hicache_ext.device.slots import DeviceStaging, PageSlots, Staging
 from hicache_ext.page import PageLayout
 from hicache_ext.vllm.blocks import UnsupportedLayout, blocks_of
 from hicache_ext.vllm.pages import Pages
@@ -80,12 +80,21 @@ class DeviceBlocks:
         return np.asarray(pages.blocks, np.int64)[first // self.block].reshape(pages.count, -1)
 
     def staging(self, layout: PageLayout, most_bytes: int, pinned: bool) -> Staging:
-        """Slots for pages, within so many bytes, two at the least."""
-        unit = self.unit_bytes if self.page_units > 1 else 1
-        one = Staging.stride_of(layout, unit)
-        return Staging(layout, max(2, min(self.count, most_bytes // one)), pinned, unit)
+        """Slots for pages in host memory, within so many bytes, two at the least."""
+        unit, slots = self._room(layout, most_bytes)
+        return Staging(layout, slots, pinned, unit)
 
-    def slots(self, staging: Staging) -> UnitSlots:
+    def device_staging(self, layout: PageLayout, most_bytes: int, device: int) -> DeviceStaging:
+        """As many in the memory of this device. Raises CudaUnavailable."""
+        unit, slots = self._room(layout, most_bytes)
+        return DeviceStaging(layout, slots, device, unit)
+
+    def _room(self, layout: PageLayout, most_bytes: int) -> tuple[int, int]:
+        """Bytes of a unit, and how many slots."""
+        unit = self.unit_bytes if self.page_units > 1 else 1
+        return unit, max(2, min(self.count, most_bytes // PageSlots.stride_of(layout, unit)))
+
+    def slots(self, staging: PageSlots) -> UnitSlots:
         """The same slots by units."""
         step = self.unit_bytes if self.page_units > 1 else staging.stride
         return UnitSlots(staging, step, self.page_units)
@@ -95,7 +104,7 @@ class DeviceBlocks:
 class UnitSlots:
     """Slots as units, `stride` bytes apart; each slot has `each` of them."""
 
-    staging: Staging
+    staging: PageSlots
     stride: int
     each: int
 
@@ -109,6 +118,8 @@ class UnitSlots:
 
     @property
     def view(self) -> Any:
+        """Of slots in host memory."""
+        assert isinstance(self.staging, Staging)
         return self.staging.view
 
     def units(self, slots: Sequence[int]) -> Numbers:

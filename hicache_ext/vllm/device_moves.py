@@ -1,7 +1,7 @@
-"""Pages between blocks on a device and the store: pinned slots, two threads, and the copies between slots and blocks.
+"""Pages between blocks on a device and the store: slots, two threads, and the copies between slots and blocks.
 
 Belongs here: putting these together. Does not belong here: loading (device_loads), saving (device_saves), addresses
-(device_blocks).
+(device_blocks), which slots pages go through (hicache_ext.device.sides).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from hicache_ext.device.copies import choose
+from hicache_ext.device.copies import BlockCopies, choose
+from hicache_ext.device.sides import Side, Sides, on_device
+from hicache_ext.device.slots import PageSlots
 from hicache_ext.page import Namespace
 from hicache_ext.store import TieredStore
 from hicache_ext.store.inject import FaultyStore
@@ -26,37 +28,57 @@ logger = logging.getLogger(__name__)
 
 
 class DeviceMoves:
-    """As Moves. copies: what copies, for people."""
+    """As Moves. copies: what copies, for people, the preferred way first."""
 
     def __init__(
         self, store: TieredStore | FaultyStore, blocks: Sequence[DeviceBlocks], spaces: Sequence[Namespace],
-        load_bytes: int, save_bytes: int, count: Callable[[str, int], None], mark: Callable[[], Any] | None = None,
+        load_bytes: int, save_bytes: int, device_bytes: int, count: Callable[[str, int], None],
+        mark: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
-        """blocks, spaces: of each group. load_bytes, save_bytes: pinned memory for each direction. count: of a
-        statistic by name. mark: an event (`synchronize`) of all that the device was given so far, by this thread."""
+        """blocks, spaces: of each group. load_bytes, save_bytes: pinned memory for each direction. device_bytes: of the
+        device, for both, where a tier reaches that. count: of a statistic by name. mark: an event (`synchronize`) of
+        all that the device was given so far, by this thread."""
         device = blocks[0].planes[0].buffer.device
         self._count, self._mark = count, mark or _marker(device)
-        self._staging = [
-            [
-                one.staging(space.layout, size // len(blocks), device.type == "cuda")
-                for one, space in zip(blocks, spaces, strict=True)
-            ]
+        named = {str(group): one for group, one in enumerate(blocks)}
+        layouts = {str(group): space.layout for group, space in enumerate(spaces)}
+
+        def by_units(staging: dict[str, Any]) -> dict[str, Any]:
+            return {name: named[name].slots(slots) for name, slots in staging.items()}
+
+        pinned = [
+            {
+                name: one.staging(layouts[name], size // len(blocks), device.type == "cuda")
+                for name, one in named.items()
+            }
             for size in (load_bytes, save_bytes)
         ]
-        every = [staging for side in self._staging for staging in side]
-        if device.type == "cuda" and (why := next((staging.not_pinned for staging in every if staging.not_pinned), "")):
+        host = [
+            Side(slots, copies)
+            for slots, copies in zip(pinned, choose(named, list(map(by_units, pinned))), strict=True)
+        ]
+        every = [slots for staging in pinned for slots in staging.values()]
+        if device.type == "cuda" and (why := next((slots.not_pinned for slots in every if slots.not_pinned), "")):
             logger.warning(
                 "hicache_ext: memory for pages on their way is not pinned (%s): copies go through the driver's own, "
                 "and wait", why,
             )  # fmt: skip
-        sides = [[one.slots(staging) for one, staging in zip(blocks, side, strict=True)] for side in self._staging]
-        named = {str(group): one for group, one in enumerate(blocks)}
-        into, out = choose(named, [{str(group): slots for group, slots in enumerate(side)} for side in sides])
-        self.copies = into.name
-        for staging in every:
-            store.register_memory(staging.address, staging.size)
-        self._loads = DeviceLoads(store, blocks, sides[0], into, count)
-        self._saves = DeviceSaves(store, blocks, sides[1], out, count)
+        for slots in every:
+            store.register_memory(slots.address, slots.size)
+
+        def past() -> Side:
+            ordinal, each = device.index or 0, device_bytes // 2 // len(blocks)
+            staging: dict[str, PageSlots] = {
+                name: one.device_staging(layouts[name], each, ordinal) for name, one in named.items()
+            }
+            return Side(staging, BlockCopies(named, by_units(staging), device))
+
+        wanted = device.type == "cuda" and device_bytes
+        reached = on_device(store, device.index or 0, past, "hicache_ext") if wanted else (None, None)
+        self._sides = [Sides(*pair) for pair in zip(host, reached, strict=True)]
+        self.copies = self._sides[0].ways
+        self._loads = DeviceLoads(store, blocks, self._sides[0], count)
+        self._saves = DeviceSaves(store, blocks, self._sides[1], count)
 
     def load(self, pages: Pages, space: Namespace, deadline: float, loaded: Loaded) -> None:
         # A save of these blocks may be under way, and kernels of whoever had them before.
@@ -79,12 +101,16 @@ class DeviceMoves:
     def make_way(self, blocks: Sequence[int]) -> None:
         self._saves.make_way(blocks)
 
+    @property
+    def lent(self) -> int:
+        """Slots that a tier may still touch."""
+        return sum(slots.lent for sides in self._sides for side in sides.all for slots in side.staging.values())
+
     def close(self) -> None:
         self._loads.close()
         self._saves.close()
-        for side in self._staging:
-            for staging in side:
-                staging.close()
+        for sides in self._sides:
+            sides.close()
 
 
 def objection(vllm_config: Any) -> str:

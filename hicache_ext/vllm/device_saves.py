@@ -6,6 +6,9 @@ they are copied (hicache_ext.device).
 A step's pages are copied once the device has computed them, and the forward does not wait for that. vLLM may meanwhile
 give their blocks to somebody else, and tells which ones before a step writes into them (`make_way`): what has not been
 copied by then is not stored, and a part that is being copied at that moment is waited for, which takes a millisecond.
+
+Where the tiers take pages from the device, the slots lie there, and blocks are free again after a copy within it. Where
+further tiers want copies as well, the store makes them in host memory, and pages go through that.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hicache_ext.device.copies import Copies, Part
+from hicache_ext.device.copies import Part
+from hicache_ext.device.sides import Side, Sides
+from hicache_ext.device.slots import PageSlots
 from hicache_ext.page import KEY_BYTES, Namespace, chain_parents
 from hicache_ext.store import TieredStore
 from hicache_ext.store.inject import FaultyStore
-from hicache_ext.vllm.device_blocks import DeviceBlocks, UnitSlots
+from hicache_ext.vllm.device_blocks import DeviceBlocks
 from hicache_ext.vllm.moves import Saved
 from hicache_ext.vllm.pages import Pages
 from storage_backends.base import Completion, Notes, Outcome
@@ -65,11 +70,10 @@ class DeviceSaves:
     """One for each worker."""
 
     def __init__(
-        self, store: TieredStore | FaultyStore, blocks: Sequence[DeviceBlocks], slots: Sequence[UnitSlots],
-        copies: Copies, count: Count,
-    ) -> None:  # fmt: skip
-        """blocks, slots: of each group. count: of a statistic by name."""
-        self._store, self._blocks, self._slots, self._copies, self._count = store, blocks, slots, copies, count
+        self, store: TieredStore | FaultyStore, blocks: Sequence[DeviceBlocks], sides: Sides, count: Count
+    ) -> None:
+        """blocks: of each group. sides: their slots have its number as a name. count: of a statistic by name."""
+        self._store, self._blocks, self._sides, self._count = store, blocks, sides, count
         self._saves: deque[_Save] = deque()  # the first is being worked on
         self._copying: NDArray[np.int64] | None = None
         self._cond = threading.Condition()
@@ -148,39 +152,43 @@ class DeviceSaves:
                 save.ended(save.group, b"", len(save) - save.first)
 
     def _run(self, save: _Save) -> None:
-        slots = self._slots[save.group]
         save.ready.synchronize()
         while save.first < len(save):
-            last = min(save.first + slots.staging.part, len(save))
-            taken = self._take(save, last - save.first)
+            side = self._sides.for_write(self._store)
+            staging = side.staging[str(save.group)]
+            rows = slice(save.first, min(save.first + staging.part, len(save)))
+            taken = self._take(save, staging, rows.stop - rows.start)
             if taken is None:
                 return
-            rows = slice(save.first, last)
             try:
-                if not self._copy(save, rows, slots.units(taken)):
-                    slots.staging.give(taken)
+                if not self._copy(save, rows, side, taken):
+                    staging.give(taken)
                     return
             except BaseException:
-                slots.staging.give(taken)
+                staging.give(taken)
                 raise
-            self._send(save, rows, taken)
+            self._send(save, rows, staging, taken)
+            if side is self._sides.device:
+                self._count("save_past_host", len(taken))
 
-    def _take(self, save: _Save, count: int) -> list[int] | None:
-        staging, until = self._slots[save.group].staging, time.monotonic() + _SLOT_SECONDS
+    def _take(self, save: _Save, staging: PageSlots, count: int) -> list[int] | None:
+        until = time.monotonic() + _SLOT_SECONDS
         while not save.dropped and not self._closing and time.monotonic() < until:
             if (taken := staging.take(count, _LOOK_SECONDS)) is not None:
                 return taken
         return None
 
-    def _copy(self, save: _Save, rows: slice, slots: NDArray[np.int64]) -> bool:
+    def _copy(self, save: _Save, rows: slice, side: Side, taken: list[int]) -> bool:
         """Whether these pages could still be copied."""
+        name = str(save.group)
+        slots = self._blocks[save.group].slots(side.staging[name]).units(taken)
         with self._cond:
             if save.dropped:
                 return False
             self._copying, save.first = save.blocks[rows], rows.stop
         since = time.monotonic()
         try:
-            self._copies.store(Part(str(save.group), slots.ravel(), save.units[rows].ravel()))
+            side.copies.store(Part(name, slots.ravel(), save.units[rows].ravel()))
         except BaseException:
             save.first = rows.start
             raise
@@ -191,8 +199,7 @@ class DeviceSaves:
         self._count("save_device_us", int((time.monotonic() - since) * 1e6))
         return True
 
-    def _send(self, save: _Save, rows: slice, taken: list[int]) -> None:
-        staging = self._slots[save.group].staging
+    def _send(self, save: _Save, rows: slice, staging: PageSlots, taken: list[int]) -> None:
         keys, parents = (packed[rows.start * KEY_BYTES : rows.stop * KEY_BYTES] for packed in (save.keys, save.parents))
         batch = staging.batch(save.space, keys, parents, taken)
         if save.notes is not None:

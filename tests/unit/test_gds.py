@@ -21,6 +21,8 @@ from storage_backends.gds import volume
 pytest.importorskip("torch")
 pytest.importorskip("hicache_ext._cuda", reason="not built")
 
+from tests import past_blocks
+
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 _EVERYWHERE = [
@@ -40,6 +42,7 @@ _EVERYWHERE = [
     "linker_pages_go_past_the_host",
     "linker_a_bad_page_fails_its_load_alone",
     "linker_with_a_tier_below_pages_are_written_through_the_host",
+    *(f"vllm_{name}" for name in past_blocks.CASES),
 ]
 #: Libraries that are there, what goes wrong with the driver and with cuFile -> cases.
 MACHINES: dict[tuple[str, str, str], list[str]] = {

@@ -143,7 +143,7 @@ def test_a_tier_that_is_late_never_meets_a_block() -> None:
         pages = case.pages("chain", 0, 8, ELSEWHERE)
         case.poison()
         assert case.load(pages, 0.2) == (sorted(ELSEWHERE), [Outcome.TIMEOUT] * 8)
-        staging = case.moves._staging[0][0]
+        staging = case.moves._sides[0].host.staging["0"]
         assert staging.lent == 8, "the tier may still write there"
         for batch, done in held[0].reads:
             for page in range(len(batch)):
@@ -160,7 +160,7 @@ def test_a_tier_that_is_late_never_meets_a_block() -> None:
 def test_more_pages_than_slots_come_in_parts() -> None:
     """Two slots, one page at a time; and several requests at once."""
     with opened("0.25 NHD", "cpu", load_bytes=1) as case:
-        assert case.moves._staging[0][0].slots == 2
+        assert case.moves._sides[0].host.staging["0"].slots == 2
         before = case.kv(case.tensors)
         assert case.save(case.pages("a", 0, 4, SCATTERED[:4]), case.pages("b", 0, 4, SCATTERED[4:])) == {"HIT": 8}
         case.poison()
@@ -228,14 +228,14 @@ def test_blocks_that_somebody_else_gets_are_not_stored(late: Later) -> None:
 def test_a_block_that_is_being_copied_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with opened("0.25 NHD", "cpu") as case:
         begun, go = threading.Event(), threading.Event()
-        real = case.moves._saves._copies.store
+        real = case.moves._sides[1].host.copies.store
 
         def slow(part: Any) -> None:
             begun.set()
             assert go.wait(60)
             real(part)
 
-        monkeypatch.setattr(case.moves._saves._copies, "store", slow)
+        monkeypatch.setattr(case.moves._sides[1].host.copies, "store", slow)
         told: list[Any] = []
         case.moves.save([case.pages("a", 0, 4, SCATTERED[:4])], [case.space], lambda *said: told.append(said))
         assert begun.wait(60)
@@ -260,12 +260,12 @@ def test_a_copy_that_fails_costs_its_pages_alone(monkeypatch: pytest.MonkeyPatch
             raise RuntimeError("no copy")
 
         with monkeypatch.context() as broken:
-            broken.setattr(case.moves._loads._copies, "load", fails)
-            broken.setattr(case.moves._saves._copies, "store", fails)
+            broken.setattr(case.moves._sides[0].host.copies, "load", fails)
+            broken.setattr(case.moves._sides[1].host.copies, "store", fails)
             assert case.load(pages) == (sorted(SCATTERED[:4]), [Outcome.FAILED] * 4)
             assert case.save(case.pages("b", 0, 4, SCATTERED[4:])) == {"dropped": 4}
         assert case.load(pages) == ([], [Outcome.HIT] * 4)
-        assert [staging.lent for side in case.moves._staging for staging in side] == [0, 0]
+        assert not case.moves.lent
 
 
 def test_blocks_that_do_not_exist_are_a_failure() -> None:

@@ -21,36 +21,13 @@ HEAD = """
             ctypes.c_int.in_dll(driver, "stand_in_" + name).value = value
     def copies():
         return ctypes.c_long.in_dll(driver, "stand_in_copies").value
-    import torch
-    from types import SimpleNamespace
-    torch.cuda.Stream = lambda device=None: SimpleNamespace(cuda_stream=0x200, synchronize=lambda: None)
     from hicache_ext.device import copies as device_copies
-    from tests import device_blocks as rig
+    from tests import device_blocks as rig, past_blocks
     from tests.unit import test_vllm_device as cases
     logging.basicConfig(stream=sys.stdout, format="said: %(message)s")
 
-    class OnGpu:
-        # A tensor of host memory that says it lies on a GPU; so do its views.
-        def __init__(self, tensor):
-            self.tensor, self.device = tensor, torch.device("cuda:0")
-            memory = tensor.untyped_storage()
-            driver.stand_in_device_memory(ctypes.c_uint64(memory.data_ptr()), ctypes.c_uint64(memory.nbytes()))
-        def __getattr__(self, name):
-            return getattr(self.tensor, name)
-        def __getitem__(self, where):
-            return OnGpu(self.tensor[where])
-        def permute(self, *order):
-            return OnGpu(self.tensor.permute(*order))
-        def as_strided(self, *where):
-            return OnGpu(self.tensor.as_strided(*where))
-        def unbind(self, dimension):
-            return [OnGpu(part) for part in self.tensor.unbind(dimension)]
-
-    class Happened:
-        def synchronize(self): ...
-
     def opened(layout, page=None):
-        return rig.opened(layout, "cpu", page, wrap=OnGpu, mark=Happened)
+        return past_blocks.opened(layout, page, device_bytes=0)
 """
 
 CASES = {

@@ -224,7 +224,7 @@ def chunked(root: Path) -> Any:
 
 
 def whole(root: Path) -> Any:
-    """A prompt of whole pages, all of which are loaded: vLLM computes its last token again; and without its last page."""
+    """A prompt of whole pages, all of which are loaded, its last token computed again; and without its last page."""
     engine = Engine(root, local(root, "whole"))
     result: dict[str, Any] = {"first": engine.run(WHOLE), "device": engine.run(WHOLE)}
     engine.settle()
