@@ -11,6 +11,8 @@ import uuid
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,10 @@ from hicache_ext.page import KEY_BYTES, Namespace, chain_parents
 from hicache_ext.store import NO_TIER, TieredStore, policies
 from hicache_ext.store.inject import FaultyStore
 from hicache_ext.store.tier import Recent
+from hicache_ext.vllm import held
 from hicache_ext.vllm.chains import Adapters, RequestChain
 from hicache_ext.vllm.events import TierEvents, notes_of
+from hicache_ext.vllm.held import Held, Run
 from hicache_ext.vllm.identity import at_epoch
 from hicache_ext.vllm.lookups import Lookups
 from hicache_ext.vllm.metadata import StepMetadata
@@ -36,10 +40,11 @@ _SENT_PAGES, _SENT_SECONDS = 1 << 17, 600.0
 _NO_BLOCK = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Tracked:
-    """One request. blocks: its block table in each group. saved: pages seen to. planned: a load to come, its first
-    token and the tiers of its pages. found: what the tiers hold for some groups, while others have not answered.
+    """One request. blocks: its block table in each group. computed: pages that its steps have computed, which are saved
+    or wait for it. planned: a load to come, its first token and the tiers of its pages. found: what the tiers hold for
+    some groups, while others have not answered.
 
     loading: blocks of its last load. failed: not all of it came; what is missing is computed, not asked for again.
     """
@@ -47,7 +52,7 @@ class _Tracked:
     request: Any
     chain: RequestChain | None
     blocks: list[list[int]] = field(default_factory=list)
-    saved: int = 0
+    computed: int = 0
     planned: tuple[int, np.ndarray] | None = None
     loading: frozenset[int] = frozenset()
     failed: bool = False
@@ -56,7 +61,7 @@ class _Tracked:
 
 @dataclass(frozen=True)
 class _Run:
-    """Pages `first` to `last` of a request, whole since this step. keys: of the first `last` pages."""
+    """Pages `first` to `last` of a request. keys: of the first `last` pages."""
 
     tracked: _Tracked
     keys: bytes
@@ -85,6 +90,8 @@ class SchedulerHalf:
         self._lookups = Lookups(store, settings.options.lookup_timeout)
         self._loads: list[Pages] = []
         self._sent = Recent(_SENT_PAGES, _SENT_SECONDS)
+        self._held: Held[_Tracked] = Held()
+        self._drafts = False
         self._counts: Counter[str] = Counter()
         self.events: TierEvents | None = None
         """Where vLLM publishes KV events."""
@@ -110,6 +117,8 @@ class SchedulerHalf:
         self._page_size = sizes.pop() if sizes else self._block_size
         # Ranks that hold the same part share one.
         self._told = self._spaces = [list(dict.fromkeys(spaces)) for spaces in zip(*told, strict=True)]
+        page_bytes = sum(spaces[0].layout.payload_bytes for spaces in self._spaces)
+        self._held = Held(held.limit(int(self._settings.options.save_bytes), page_bytes))
 
     # ---- requests
 
@@ -228,8 +237,11 @@ class SchedulerHalf:
                 tracked.loading = frozenset()
 
     def finished(self, request: Any) -> None:
-        """The request is over. A load on its way goes on: vLLM keeps its blocks until the worker reports it."""
-        self._tracked.pop(request.request_id, None)
+        """The request is over. A load on its way goes on: vLLM keeps its blocks until the worker reports it. Its pages
+        that wait are saved in the next step, which vLLM makes even if there is nothing to compute."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is not None:
+            self._held.finish(tracked)
         self._forget(request)
 
     # ---- steps
@@ -242,13 +254,15 @@ class SchedulerHalf:
         meta.fresh = _fresh(output, self._block_size)
         if not self._settings.saves or not self._spaces:
             return meta
+        self._held.begin(chain(meta.fresh, *(pages.blocks for pages in meta.loads)))
+        if not self._drafts and getattr(output, "scheduled_spec_decode_tokens", None):
+            self._drafts = True
         scheduled, size = output.num_scheduled_tokens, self._page_size
-        runs: list[_Run | None] = []
         for new in output.scheduled_new_reqs:
             tracked = self._tracked.get(new.req_id)
             if tracked is not None:
-                tracked.blocks, tracked.saved = [list(blocks) for blocks in new.block_ids], 0
-                runs.append(self._whole(tracked, new.num_computed_tokens + scheduled[new.req_id]))
+                self._begin(tracked, new.block_ids)
+                self._compute(tracked, new.num_computed_tokens + scheduled[new.req_id])
         cached = output.scheduled_cached_reqs
         resumed = cached.resumed_req_ids
         # Each decode step comes through here with every request: in most of them a request completes no page.
@@ -258,13 +272,14 @@ class SchedulerHalf:
             if tracked is None:
                 continue
             if name in resumed:
-                tracked.blocks, tracked.saved = [list(more) for more in blocks or ()], 0
+                self._begin(tracked, blocks or ())
             elif blocks is not None:
                 for table, more in zip(tracked.blocks, blocks, strict=True):
                     table += more
-            if (computed + scheduled[name]) // size > tracked.saved:
-                runs.append(self._whole(tracked, computed + scheduled[name]))
-        self._save(meta, [run for run in runs if run is not None])
+            if (computed + scheduled[name]) // size > tracked.computed:
+                self._compute(tracked, computed + scheduled[name])
+        if self._held:
+            self._save(meta, self._held.take(_known))
         return meta
 
     def reset(self) -> None:
@@ -272,6 +287,7 @@ class SchedulerHalf:
         old, self._epoch = [space for spaces in self._spaces for space in spaces], uuid.uuid4().hex
         self._spaces = [[at_epoch(space, self._epoch) for space in spaces] for spaces in self._told]
         self._loads.clear()
+        self._held.clear()
         for tracked in self._tracked.values():
             tracked.planned, tracked.found = None, {}
             self._forget(tracked.request)
@@ -279,6 +295,9 @@ class SchedulerHalf:
 
     def take_counts(self) -> dict[str, int]:
         """What happened since the last call, by name."""
+        if self._held.given_up:
+            self._counts["save_given_up"] += self._held.given_up
+            self._held.given_up = 0
         if not self._counts:
             return {}
         counts, self._counts = self._counts, Counter()
@@ -289,20 +308,38 @@ class SchedulerHalf:
         if self.events is not None:
             self.events.close()
 
-    def _whole(self, tracked: _Tracked, computed: int) -> _Run | None:
-        """Pages that are whole after this step and were not before; None for none.
+    def _begin(self, tracked: _Tracked, blocks: Sequence[Sequence[int]]) -> None:
+        """A request is scheduled, for the first time or after a preemption."""
+        self._held.drop(tracked)
+        tracked.blocks, tracked.computed = [list(table) for table in blocks], 0
 
-        Tokens that are drafted or not yet sampled are not among the request's, so a page of them is not whole.
-        """
+    def _compute(self, tracked: _Tracked, tokens: int) -> None:
+        """After this step the request's first `tokens` are computed, some of which may be drafts."""
         if tracked.chain is None:
-            return None
+            return
         room = min(map(len, tracked.blocks), default=0) * self._block_size // self._page_size
-        last = min(computed // self._page_size, tracked.chain.whole_pages(), room)
-        first, tracked.saved = tracked.saved, max(tracked.saved, last)
-        return _Run(tracked, tracked.chain.keys(last), first, last) if last > first else None
+        last, first = min(tokens // self._page_size, room), tracked.computed
+        if self._drafts:  # of which some will be rejected: only what is known now is what is computed
+            last = min(last, tracked.chain.whole_pages())
+        if last > first:
+            tracked.computed = last
+            # Behind a window blocks are given away; decoding takes it at most one page further in a step.
+            left = min(_steps_left(tracked.request), *(window - 1 for window in self._windows if window), held.STEPS)
+            self._held.add(tracked, first, last, partial(self._blocks_under, tracked), left)
 
-    def _save(self, meta: StepMetadata, runs: Sequence[_Run]) -> None:
+    def _blocks_under(self, tracked: _Tracked, page: int) -> list[int]:
+        """The blocks that this page of the request lies in, of all groups."""
+        return [
+            block for table in tracked.blocks for block in self._blocks_of(table, page, page + 1)[0]
+            if block != _NO_BLOCK
+        ]  # fmt: skip
+
+    def _save(self, meta: StepMetadata, taken: Sequence[Run[_Tracked]]) -> None:
         """Those of these pages that no tier is known to hold. Tiers are asked once for all requests."""
+        runs = [
+            _Run(run.owner, run.owner.chain.keys(run.last), run.first, run.last)
+            for run in taken if run.owner.chain is not None
+        ]  # fmt: skip
         if not runs:
             return
         notes = [self._know(run.tracked, run.keys, run.first, run.last) for run in runs]
@@ -395,6 +432,17 @@ def _fresh(output: Any, block_size: int) -> list[int]:
         for blocks in more or ():
             fresh += blocks[computed // block_size :] if name in cached.resumed_req_ids else blocks
     return fresh
+
+
+def _known(tracked: _Tracked) -> int:
+    """Pages all of whose tokens are known."""
+    return tracked.chain.whole_pages() if tracked.chain is not None else 0
+
+
+def _steps_left(request: Any) -> int:
+    """Steps that a request has after this one, if it takes as many tokens as it may."""
+    known = request.num_output_tokens + getattr(request, "num_output_placeholders", 0)
+    return max(0, int(request.max_tokens) - known - 1)
 
 
 def _lookup(request: Any, group: int) -> str:

@@ -35,6 +35,7 @@ HELP = {
     "save_failed": "Pages not stored because of an error.",
     "save_no_room": "Pages not stored because too many were on their way.",
     "save_past_host": "Pages that were sent to be stored past host memory.",
+    "save_given_up": "Pages not stored because their blocks were wanted, or the cache was reset, while they waited.",
     "save_bytes": "Bytes stored.",
     "save_us": "Microseconds of saves, from copy to stored.",
     "save_batches": "Saves.",

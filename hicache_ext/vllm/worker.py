@@ -74,11 +74,13 @@ class WorkerHalf:
     # ---- loads
 
     def load(self, meta: StepMetadata) -> None:
-        """Start the loads of this step."""
+        """Start the loads of this step; of one that computes nothing the saves as well, since vLLM before 0.32 asks for
+        nothing more then."""
         self._follow(meta.epoch)
         if meta.loads:
             self._begin(meta.loads)
         if meta.idle:
+            self._save(meta)
             with self._cond:
                 if self._loading and not self._arrived:
                     self._cond.wait(_IDLE_SECONDS)
@@ -125,6 +127,10 @@ class WorkerHalf:
     def save(self, meta: StepMetadata) -> None:
         """Copy this step's pages out of their blocks, and store the copies in the background."""
         self._follow(meta.epoch)
+        if not meta.idle:
+            self._save(meta)
+
+    def _save(self, meta: StepMetadata) -> None:
         if not self._writes or not meta.saves:
             return
         with self._cond:

@@ -112,6 +112,10 @@ class Engine:
         return get_kv_transfer_group()._worker
 
     @property
+    def scheduler_half(self) -> Any:
+        return self.scheduler.connector._scheduler
+
+    @property
     def store(self) -> Any:
         return self.scheduler.connector._store
 

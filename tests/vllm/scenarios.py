@@ -59,6 +59,77 @@ def warm(root: Path) -> Any:
     return result
 
 
+def decoded(root: Path) -> Any:
+    """Pages that decode steps complete wait for one another: requests that end at their limit, at a stop token and by
+    an abort, and the step without a forward that an engine makes after its last request."""
+    from vllm import SamplingParams
+
+    engine = Engine(root, local(root, "decoded"))
+    llm, steps = engine.llm.llm_engine, []
+    real = engine.worker._moves.save
+
+    def save(pages: Any, *more: Any) -> Any:
+        steps.append(sum(one.count for one in pages))
+        return real(pages, *more)
+
+    engine.worker._moves.save = save
+    whole = engine.run(*MANY, tokens=100)
+    idle = _idle_step(engine)
+    engine.settle()
+    result: dict[str, Any] = {"outputs": whole, "steps": list(steps), "left": engine.scheduler_half._held.pages}
+    first, again = whole[0]["tokens"], prompt(150, seed=60)
+    stop = next(token for at, token in enumerate(first) if at > 75 and first.index(token) == at)
+    for name, ids, more in (("stops", MANY[0], {"stop_token_ids": [stop]}), ("aborted", again, {})):
+        sampling = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, **more)
+        llm.add_request(name, {"prompt_token_ids": ids, "cache_salt": "again"}, sampling)
+    told: dict[str, list[int]] = {}
+    for step in range(450):
+        for output in llm.step():
+            told[next(name for name in ("stops", "aborted") if output.request_id.startswith(name))] = list(
+                output.outputs[0].token_ids
+            )
+        if step == 60:
+            llm.abort_request(["aborted"], internal=False)
+        if not llm.has_unfinished_requests():
+            break
+    idle += _idle_step(engine)
+    engine.settle()
+    result |= {"told": told, "again": again, "idle": idle, "left_again": engine.scheduler_half._held.pages}
+    result |= {"counts": engine.scheduler_half.take_counts(), "leaked": engine.leaked()}
+    engine.close()
+    return result
+
+
+def _idle_step(engine: Engine) -> int:
+    """What the engine's own process does once more when its last request is over. How many pages it saved."""
+    half, found = engine.scheduler_half, 0
+    real = half.step
+
+    def step(output: Any) -> Any:
+        nonlocal found
+        meta = real(output)
+        assert meta.idle
+        found += sum(pages.count for pages in meta.saves)
+        return meta
+
+    half.step = step
+    while engine.scheduler.has_requests():
+        engine.core.step_fn()
+    half.step = real
+    return found
+
+
+def decoded_fresh(root: Path) -> Any:
+    """A fresh process goes on with those conversations."""
+    engine = Engine(root, local(root, "decoded"))
+    before = json.loads((root / "decoded.json").read_text())
+    talks = [ids + one["tokens"] for ids, one in zip(MANY, before["outputs"], strict=True)]
+    salted = [MANY[0] + before["told"]["stops"], before["again"] + before["told"]["aborted"]]
+    found = engine.run(*talks, tokens=4) + engine.run(*salted, tokens=4, salt="again")
+    talks += salted
+    return {"outputs": found, "lengths": [len(talk) for talk in talks], "counts": engine.worker.counts()}
+
+
 def producer(root: Path) -> Any:
     """Stores and never loads."""
     engine = Engine(root, local(root, "roles"), transfer={"kv_role": "kv_producer"})

@@ -21,10 +21,10 @@ from tests.redis_server import RedisServer
 HERE = Path(__file__).parent
 PYTHON = Path(os.environ.get("VLLM_PYTHON") or HERE.parents[1] / "build/vllm/bin/python")
 SCENARIOS = (
-    "plain", "cold", "warm", "producer", "consumer", "salts", "damaged", "unverified", "failing", "hung", "preempted",
-    "chunked", "aborted", "reset_while_saving", "killed_writer", "after_kill", "server_away", "remote", "remote_fresh",
-    "mistakes", "beside_writer", "shared", "unshared", "exchanged", "announced",
-    "scheduler_cost", "identifiers", "windows", "whole",
+    "plain", "cold", "warm", "decoded", "decoded_fresh", "producer", "consumer", "salts", "damaged", "unverified",
+    "failing", "hung", "preempted", "chunked", "aborted", "reset_while_saving", "killed_writer", "after_kill",
+    "server_away", "remote", "remote_fresh", "mistakes", "beside_writer", "shared", "unshared", "exchanged",
+    "announced", "scheduler_cost", "identifiers", "windows", "whole",
 )  # fmt: skip
 
 pytestmark = [
@@ -74,6 +74,19 @@ def test_a_fresh_process_loads_the_prefix(results: dict[str, Any], right: list[l
         assert tokens(warm[name]) == right, name
     assert warm["counts"]["load_hit"] == 26
     assert cold["leaked"] == warm["leaked"] == 0
+
+
+def test_what_decode_steps_complete_is_saved_together_and_all_of_it(results: dict[str, Any]) -> None:
+    """Requests that end at their limit, at a token, or by an abort; the last one is alone, so nobody's step follows."""
+    found, fresh = results["decoded"], results["decoded_fresh"]
+    assert tokens(found["outputs"]) == tokens(results["plain"]["many"])
+    assert found["steps"] == [4 * 4, 4 * 3], "the prompts' pages go at once, those of 99 steps of decoding together"
+    assert found["idle"] > 0, "what waited when the last request ended went with the step that computes nothing"
+    assert found["left"] == found["left_again"] == 0
+    assert "save_given_up" not in found["counts"]
+    # Of a conversation everything but its last token is computed.
+    assert cached(fresh["outputs"]) == [(length - 1) // 32 * 32 for length in fresh["lengths"]]
+    assert found["leaked"] == 0
 
 
 def test_a_prefill_engine_stores_and_a_decode_engine_loads(results: dict[str, Any], right: list[list[int]]) -> None:
