@@ -19,7 +19,7 @@ from typing import Generic, NamedTuple, TypeVar
 #: A request that completes as many pages in one step is being prefilled: the step is long, and more of them come.
 AT_ONCE = 2
 #: Nothing waits for longer, in steps of the engine, ...
-STEPS = 64
+STEPS = 128
 #: ... and no more pages than these.
 PAGES = 64
 

@@ -38,12 +38,12 @@ def _block(page: int) -> list[int]:
 def test_decoded_pages_wait_and_a_prompts_do_not() -> None:
     pages: Held[str] = Held()
     pages.begin()
-    pages.add("prompt", 0, 9, _block, 100)
+    pages.add("prompt", 0, 9, _block, 1000)
     assert pages.take(lambda _: 9) == [Run("prompt", 0, 9)]
     for step in range(held.STEPS):
         pages.begin()
         if step == 0:
-            pages.add("prompt", 9, 10, _block, 100)
+            pages.add("prompt", 9, 10, _block, 1000)
         assert pages.take(lambda _: 10) == []
     pages.begin()
     assert pages.take(lambda _: 10) == [Run("prompt", 9, 10)]

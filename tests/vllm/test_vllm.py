@@ -311,8 +311,8 @@ def test_sliding_windows_load_what_they_look_at(results: dict[str, Any]) -> None
         ),
         (
             "option",
-            "kv_connector_extra_config.load_timeuot = 3: unknown key. Fix: remove it, or use one of: load_bytes, "
-            "load_timeout",
+            "kv_connector_extra_config.load_timeuot = 3: unknown key. Fix: remove it, or use one of: "
+            "device_staging_bytes, load_bytes, load_timeout",
         ),
         ("tier", "tiers[0].type = 'lokal': no such backend. Fix: one of "),
         ("file", "none.yaml: cannot be read: [Errno 2] No such file or directory"),
