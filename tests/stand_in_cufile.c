@@ -29,6 +29,7 @@ static const status OK = {0, 0};
 /* Set from outside, in this process: reads end with this instead of bytes. */
 ssize_t stand_in_read_result;
 long stand_in_reads, stand_in_writes, stand_in_batches, stand_in_streams, stand_in_files, stand_in_registered;
+long stand_in_known_streams;
 
 static bool strict;
 static bool said(const char* word) {
@@ -82,11 +83,28 @@ void cuFileHandleDeregister(void* handle) {
     --stand_in_files;
     close((int)(intptr_t)handle - 1);
 }
+static struct buffer {
+    const char* base;
+    size_t length;
+} known[64];
 status cuFileBufRegister(const void* base, size_t length, int flags) {
     if (said("noregister")) return (status){5036, 0};
-    return ++stand_in_registered, OK;
+    for (int i = 0; i < 64; ++i)
+        if (known[i].base == NULL) return known[i] = (struct buffer){base, length}, ++stand_in_registered, OK;
+    return (status){5036, 0};
 }
-status cuFileBufDeregister(const void* base) { return --stand_in_registered, OK; }
+status cuFileBufDeregister(const void* base) {
+    for (int i = 0; i < 64; ++i)
+        if (known[i].base == base) return known[i].base = NULL, --stand_in_registered, OK;
+    return (status){5022, 0};
+}
+/* Whether a stream may have this: what is not registered begins with the piece, and ends with it. */
+static bool within(const void* base, off_t at, size_t size) {
+    size_t length = size;
+    for (int i = 0; i < 64; ++i)
+        if (known[i].base == base) length = known[i].length;
+    return (size_t)at + size <= length;
+}
 
 ssize_t cuFileRead(void* handle, void* base, size_t size, off_t offset, off_t at) {
     ++stand_in_reads;
@@ -142,13 +160,17 @@ status cuFileBatchIOGetStatus(struct batch* b, unsigned least, unsigned* count, 
 status cuFileBatchIOCancel(struct batch* b) { return OK; }
 void cuFileBatchIODestroy(struct batch* b) { free(b); }
 
+status cuFileStreamRegister(void* stream, unsigned flags) { return ++stand_in_known_streams, OK; }
+status cuFileStreamDeregister(void* stream) { return --stand_in_known_streams, OK; }
 status cuFileReadAsync(void* file, void* base, size_t* size, off_t* offset, off_t* at, ssize_t* moved, void* stream) {
     if (said("nostream")) return (status){5038, 0};
     ++stand_in_streams;
+    if (!within(base, *at, *size)) return *moved = -EIO, OK;
     return *moved = cuFileRead(file, base, *size, *offset, *at), OK;
 }
 status cuFileWriteAsync(void* file, void* base, size_t* size, off_t* offset, off_t* at, ssize_t* moved, void* stream) {
     if (said("nostream")) return (status){5038, 0};
     ++stand_in_streams;
+    if (!within(base, *at, *size)) return *moved = -EIO, OK;
     return *moved = cuFileWrite(file, base, *size, *offset, *at), OK;
 }

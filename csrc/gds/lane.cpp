@@ -71,6 +71,7 @@ Lane::~Lane() {
         cuda::Device::Entered entered(*library->device);
         library->device->api.stream_synchronize(stream_);
         drop_batch();
+        if (known_ && library->api.stream_deregister != nullptr) library->api.stream_deregister(stream_);
         library->device->api.stream_destroy(stream_);
     } catch (const std::exception&) {  // the driver is shutting down
     }
@@ -172,6 +173,9 @@ void Lane::drop_batch() {
 }
 
 void Lane::by_stream(bool write) {
+    // Once: else cuFile makes and drops the stream's buffers for every part. It does so too where this fails.
+    if (!known_ && library->api.stream_register != nullptr) library->api.stream_register(stream_, 0);
+    known_ = true;
     streamed_.assign(pieces_.size(), 0);
     streaming_ = true;
     for (std::size_t i = 0; i < pieces_.size(); ++i) {

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +52,14 @@ def main(order: dict[str, Any]) -> None:
     except (_cuda.Unavailable, _cuda.Failed) as error:
         say(problem=str(error))
         return
+    registered = None
+    with suppress(_cuda.Unavailable, _cuda.Failed):  # then it is used unregistered, as in a tier
+        registered = _cuda.cufile_buffer(library, memory.address, _BYTES)
     for way in order["ways"]:
         wrong = ""
         for directory in order["directories"]:
             try:
-                wrong = _round_trip(device, library, lane, memory, _NUMBERS[way], Path(directory))
+                wrong = _round_trip(device, library, lane, memory, registered, _NUMBERS[way], Path(directory))
             except (_cuda.Unavailable, _cuda.Failed, OSError) as error:
                 wrong = str(error)
             if wrong:
@@ -86,9 +90,11 @@ def _open(device: _cuda.Device, paths: list[str], strict: bool) -> _cuda.CuFile 
 
 
 def _round_trip(
-    device: _cuda.Device, library: _cuda.CuFile, lane: _cuda.CuFileLane, memory: _cuda.Memory, way: int, place: Path
-) -> str:
-    """What went wrong, "" for nothing. A block device is only read."""
+    device: _cuda.Device, library: _cuda.CuFile, lane: _cuda.CuFileLane, memory: _cuda.Memory,
+    registered: _cuda.CuFileBuffer | None, way: int, place: Path,
+) -> str:  # fmt: skip
+    """What went wrong, "" for nothing. A block device is only read. Writes go out of the memory's first half, which may
+    be registered, and reads into the second, which is not: a way serves both kinds, or none."""
     from hicache_ext import _cuda
 
     host = OwnedMemory(_BYTES)
@@ -109,9 +115,9 @@ def _round_trip(
             os.posix_fallocate(fd, 0, _BYTES)
             host.view[:] = os.urandom(_BYTES)
             device.copy(there, host.address, _BYTES)
-            if wrong := _move(lane, way, True, known, there):
+            if wrong := _move(lane, way, True, known, there, registered is not None):
                 return f"a write gave {wrong}"
-        if wrong := _move(lane, way, False, known, back):
+        if wrong := _move(lane, way, False, known, back, False):
             return f"a read gave {wrong}"
         wanted = bytes(host.view)
         device.copy(host.address, back, _BYTES)
@@ -126,12 +132,14 @@ def _round_trip(
             file.unlink(missing_ok=True)
 
 
-def _move(lane: _cuda.CuFileLane, way: int, write: bool, file: _cuda.CuFileFile, address: int) -> str:
+def _move(lane: _cuda.CuFileLane, way: int, write: bool, file: _cuda.CuFileFile, address: int, registered: bool) -> str:
     half = _BYTES // 2
     addresses = np.array([address, address + half], np.uint64)
+    # Memory that cuFile does not know begins, for cuFile, where a piece does, and ends with it.
+    bases = np.full(2, address, np.uint64) if registered else addresses
     lane.issue(
-        way, write, [file], np.zeros(2, np.uint32), np.array([address, address], np.uint64), addresses,
-        np.full(2, half, np.uint64), np.array([0, half], np.uint64),
+        way, write, [file], np.zeros(2, np.uint32), bases, addresses, np.full(2, half, np.uint64),
+        np.array([0, half], np.uint64),
     )  # fmt: skip
     moved = np.zeros(2, np.int64)
     lane.results(moved)
