@@ -72,7 +72,17 @@ FLAG_EVENT_HASHES = 2
 _EXTENT = struct.Struct("<8sIIQQQII16sQII")
 _EXTENT_CRC = 76
 _SLOT = struct.Struct("<8sHHI16s32s32sQQQIIIHHIIqqHH28x")
-_SLOT_CRC = 140
+SLOT_CRC_AT = 140
+#: What a slot header counts, in order of its offset, and the bytes of one.
+_COUNTED = {"buffers": 8, "chunks": 4, "pool": 1, "tokens": 4, "salt": 1, "lora": 1}
+_COUNTS = np.dtype(
+    {
+        "names": list(_COUNTED),
+        "formats": ["<u4", "<u4", "<u2", "<u4", "<u2", "<u2"],
+        "offsets": [120, 124, 134, 136, 160, 162],
+        "itemsize": _SLOT.size,
+    }
+)
 #: Room in every slot header for pool name, salt and LoRA id together; longer ones are left out (never cut).
 _STRINGS = 256
 
@@ -205,7 +215,7 @@ class SlotHeader:
             len(tokens), 0, self.event_hash, self.parent_event_hash, len(texts[1]), len(texts[2]),
         )  # fmt: skip
         raw[_SLOT.size : _SLOT.size + len(body)] = body
-        struct.pack_into("<I", raw, _SLOT_CRC, crc32c(raw))
+        struct.pack_into("<I", raw, SLOT_CRC_AT, crc32c(raw))
 
     @classmethod
     def decode(cls, raw: bytes | bytearray | memoryview, step: int = BLOCK) -> SlotHeader:
@@ -224,7 +234,7 @@ class SlotHeader:
             raise UnknownVersion(f"slot format {version}")
         if not _SLOT.size <= size <= len(raw) or size % step:
             raise FormatError("slot header size")
-        if _crc_without(raw[:size], _SLOT_CRC) != crc:
+        if _crc_without(raw[:size], SLOT_CRC_AT) != crc:
             raise FormatError("slot header checksum")
         if algorithm != CRC32C or chunk != CHUNK:
             raise UnknownVersion(f"checksum algorithm {algorithm} over chunks of {chunk}")
@@ -277,7 +287,7 @@ class SlotHeaders:
         )  # fmt: skip
         self._blank = np.zeros(shape.header_bytes, np.uint8)
         empty.encode_into(self._blank.data)
-        self._blank[_SLOT_CRC : _SLOT_CRC + 4] = 0
+        self._blank[SLOT_CRC_AT : SLOT_CRC_AT + 4] = 0
         self._tokens_at = _crcs_at(len(lengths)) + 4 * shape.chunks
 
     def write(
@@ -304,11 +314,18 @@ class SlotHeaders:
             rows[which, self._tokens_at : self._tokens_at + flat.shape[1]] = flat
 
 
+def slot_contents_end(rows: np.ndarray) -> np.ndarray:
+    """int64[n]: where the contents end that slot headers (uint8[n, header bytes]) say they have."""
+    fields = rows[:, : _SLOT.size].view(_COUNTS)[:, 0]
+    counts = [fields[name].astype(np.int64) * each for name, each in _COUNTED.items()]
+    return _SLOT.size + np.sum(counts, axis=0)
+
+
 def seal_header(raw: memoryview, buffers: int, crcs: np.ndarray) -> None:
     """Put the chunks' checksums (uint32) and its own into a header of `SlotHeaders`."""
     at = _crcs_at(buffers)
     raw[at : at + 4 * len(crcs)] = crcs.astype("<u4").tobytes()
-    struct.pack_into("<I", raw, _SLOT_CRC, crc32c(raw))
+    struct.pack_into("<I", raw, SLOT_CRC_AT, crc32c(raw))
 
 
 def _crcs_at(buffers: int) -> int:

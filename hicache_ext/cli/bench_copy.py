@@ -16,6 +16,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hicache_ext.cli.sizes import page_sizes
+
 _PIPED_WIDTH = 130
 
 
@@ -23,6 +25,8 @@ def copy_command(
     quick: Annotated[bool, typer.Option(help="Fewer cells and rounds.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")] = None,
     layout: Annotated[list[str] | None, typer.Option(help="Layout of the page buffers (repeatable); all.")] = None,
+    page: Annotated[list[str] | None, typer.Option(help="Page size, such as 64KiB (repeatable); five.")] = None,
+    pages: Annotated[list[int] | None, typer.Option(min=1, help="Pages at a time (repeatable); 1 to 512.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each cell.")] = None,
     decode: Annotated[bool, typer.Option(help="Also measure a decode step beside layer-wise loads.")] = True,
 ) -> None:
@@ -35,6 +39,7 @@ def copy_command(
     for name in layout or ():
         if name not in copy.LAYOUTS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(copy.LAYOUTS)}", param_hint="--layout")
+    tokens = tuple(size // copy.TOKEN_BYTES for size in page_sizes(page, copy.TOKEN_BYTES))
     try:
         about = machine.facts(Path.cwd()) | copy.facts()
     except CudaUnavailable as error:
@@ -42,6 +47,7 @@ def copy_command(
         raise typer.Exit(2) from error
     plan = copy.QUICK if quick else copy.Plan()
     plan = replace(plan, layouts=tuple(layout or plan.layouts), rounds=rounds or plan.rounds)
+    plan = replace(plan, tokens=tokens or plan.tokens, pages=tuple(pages or plan.pages))
     try:
         with console.status("starting") as status:
             rows = copy.run(plan, status.update)

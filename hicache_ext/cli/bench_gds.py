@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from hicache_ext.cli.sizes import page_sizes, size_of
 
 _PIPED_WIDTH = 130
 _WAYS = ("auto", "batch", "stream", "calls")
@@ -25,6 +26,7 @@ def gds_command(
     path: Annotated[Path, typer.Option(help="Directory on the disk to measure; what is made there goes.")] = Path(),
     quick: Annotated[bool, typer.Option(help="Fewer page sizes, rounds and bytes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")] = None,
+    page: Annotated[list[str] | None, typer.Option(help="Page size, such as 64KiB (repeatable); five.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each page size.")] = None,
     size: Annotated[str | None, typer.Option(help="Bytes of one turn of one subject, such as 256MiB.")] = None,
     way: Annotated[list[str] | None, typer.Option(help="Ways of asking cuFile (repeatable): auto, batch, ...")] = None,
@@ -41,7 +43,10 @@ def gds_command(
         if name not in _WAYS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(_WAYS)}", param_hint="--way")
     plan = gds.QUICK if quick else gds.Plan()
-    plan = replace(plan, rounds=rounds or plan.rounds, ways=tuple(way or plan.ways), bytes=_bytes(size, plan.bytes))
+    plan = replace(plan, rounds=rounds or plan.rounds, ways=tuple(way or plan.ways))
+    plan = replace(
+        plan, pages=page_sizes(page, 4096) or plan.pages, bytes=size_of(size, "--size") if size else plan.bytes
+    )
     result = gds.Result()
     try:
         device = open_device()
@@ -69,15 +74,6 @@ def gds_command(
     for name, decision in result.decisions.items():
         out.print(f"{name}: {decision}", markup=False, highlight=False, soft_wrap=True)
     out.print(", ".join(f"{name} {value}" for name, value in about.items()), soft_wrap=True, highlight=False)
-
-
-def _bytes(text: str | None, usual: int) -> int:
-    if text is None:
-        return usual
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError as error:
-        raise typer.BadParameter(f"{text!r} is not a size; write 256MiB", param_hint="--size") from error
 
 
 def _table(rows: list[dict[str, Any]], op: str) -> Table:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from hicache_ext.cli.needs import require
+from hicache_ext.cli.sizes import size_of
 
 if TYPE_CHECKING:
     from hicache_ext.bench.io_rounds import Setup
@@ -92,7 +92,7 @@ def io_command(
     # Tiers open once per page size, each time without the plugin, which a benchmark does not need.
     logging.getLogger("hicache_ext").setLevel(logging.ERROR)
     pages = pages or (Pages.huge if quick else Pages.both)
-    blocks = tuple(_size(text) for text in block or ())
+    blocks = tuple(size_of(text, "--block", 4096) for text in block or ())
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     rows: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
@@ -168,16 +168,6 @@ def _engine(
         fourk=pages is not Pages.huge,
     )
     return io_engine.run(work, engines, plan, setup, say)
-
-
-def _size(text: str) -> int:
-    try:
-        size = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError as error:
-        raise typer.BadParameter(f"{text!r} is no size such as 256KiB", param_hint="--block") from error
-    if size < 4096 or size % 4096:
-        raise typer.BadParameter(f"{text!r} is not a multiple of 4 KiB", param_hint="--block")
-    return size
 
 
 def _yardsticks() -> dict[str, str]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from hicache_ext.bench.serve_matrix import Tier
+from hicache_ext.cli.sizes import size_of
 
 _PIPED_WIDTH = 140
 _LENGTHS = (512, 1024, 2048)
@@ -151,7 +151,7 @@ def serve_command(
                 each = [
                     Launched(parse_subject(text), folder.absolute(), flags, capacity, timeout) for text in subject or ()
                 ]
-                serve_run.of_subjects(each, plan, rounds, trace, talk, _size(disk) if disk else 0)
+                serve_run.of_subjects(each, plan, rounds, trace, talk, size_of(disk, "--disk") if disk else 0)
     except (EngineError, StateError, SubjectError, TraceError) as error:
         line(f"bench serve: {error}")
         if report.samples:
@@ -204,13 +204,6 @@ def _check(
         raise typer.BadParameter(f"{missing[0]} is not installed here. Fix: pip install 'hicache-ext[sglang]'")
     if plot_file is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("needs matplotlib. Fix: pip install 'hicache-ext[bench]'", param_hint="--plot")
-
-
-def _size(text: str) -> int:
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError as error:
-        raise typer.BadParameter(f"{text!r} is no size such as 4GiB", param_hint="--disk") from error
 
 
 def _show(values: dict[str, Any], out: Console) -> None:

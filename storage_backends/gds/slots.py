@@ -27,11 +27,11 @@ import numpy as np
 
 from hicache_ext.cuda import CudaUnavailable
 from storage_backends.buffers import OwnedMemory
-from storage_backends.format import CHUNK, SlotHeader, seal_header
+from storage_backends.format import CHUNK
+from storage_backends.gds import headers
 from storage_backends.gds.route import CHECKSUM_BLOCKS, Route
 from storage_backends.local.engine import IoEngine, Transfer
 from storage_backends.local.extents import Extent
-from storage_backends.local.slot_transfers import judge_header
 from storage_backends.local.slots import MEMORY_TROUBLE, SlotEngine, SlotGroup, Verdict
 
 if TYPE_CHECKING:
@@ -130,59 +130,49 @@ class DeviceSlots(SlotEngine):
     # -- a part, from its begin to its end
 
     def _read(self, lane: _cuda.CuFileLane, group: SlotGroup, places: list[int]) -> tuple[list[int], bytes]:
-        io, shape = group.io, group.io.shape
-        moved = self.headers(group, places, group.headers[places], False)
-        found = [
-            judge_header(shape, group.namespace, group.key(place), group.header(place), io.lengths, arrived)
-            if arrived >= 0
-            else Verdict.UNCHECKED
-            for place, arrived in zip(places, moved, strict=True)
-        ]
-        verdicts = bytearray(one if isinstance(one, Verdict) else Verdict.DAMAGED for one in found)
-        named = [i for i, one in enumerate(found) if isinstance(one, SlotHeader)]
-        if not named:
-            return moved, bytes(verdicts)
-        wanted = [places[i] for i in named]
-        payload, crcs = self.payload(lane, group, wanted)
-        for i, arrived, row in zip(named, payload, crcs, strict=True):
-            header = found[i]
-            assert isinstance(header, SlotHeader)
-            moved[i] = arrived if arrived < 0 else moved[i] + arrived
-            if arrived == shape.payload_bytes and np.array_equal(row, header.crcs):
-                verdicts[i] = Verdict.VALID
-            elif arrived < 0:
-                verdicts[i] = Verdict.UNCHECKED
-        self._again(group, wanted, named, moved, verdicts)
-        return moved, bytes(verdicts)
+        moved = np.array(self.headers(group, places, group.headers[places], False), np.int64)
+        pool, which = group.io.header_rows(group, places)
+        rows = pool[which]
+        verdicts, crcs = headers.judge(group, places, rows, moved)
+        named = np.flatnonzero(verdicts == Verdict.VALID)
+        if not len(named):
+            return moved.tolist(), verdicts.tobytes()
+        wanted = [places[i] for i in named.tolist()]
+        payload, sums = self.payload(lane, group, wanted)
+        arrived = np.array(payload, np.int64)
+        right = (arrived == group.io.shape.payload_bytes) & (sums == crcs[named]).all(axis=1)
+        verdicts[named] = np.where(right, Verdict.VALID, np.where(arrived < 0, Verdict.UNCHECKED, Verdict.DAMAGED))
+        moved[named] = np.where(arrived < 0, arrived, moved[named] + arrived)
+        self._again(group, wanted, named, rows[named], moved, verdicts)
+        return moved.tolist(), verdicts.tobytes()
 
     def _again(
-        self, group: SlotGroup, wanted: list[int], named: list[int], moved: list[int], verdicts: bytearray
-    ) -> None:
+        self, group: SlotGroup, wanted: list[int], named: np.ndarray, before: np.ndarray, moved: np.ndarray,
+        verdicts: np.ndarray,
+    ) -> None:  # fmt: skip
         """Look at the headers once more: a slot that has another one now is another page's, whatever was read."""
-        size = group.io.shape.header_bytes
-        memory = OwnedMemory(size * len(wanted))
-        addresses = memory.address + np.arange(len(wanted), dtype=np.uint64) * np.uint64(size)
-        arrived = self.headers(group, wanted, addresses, False)
-        for row, (i, place) in enumerate(zip(named, wanted, strict=True)):
-            if verdicts[i] == Verdict.UNCHECKED:
-                continue
-            if arrived[row] < 0:
-                moved[i], verdicts[i] = arrived[row], Verdict.UNCHECKED
-            elif memory.view[row * size : (row + 1) * size] != group.header(place):
-                verdicts[i] = Verdict.OTHER_PAGE
+        count, size = before.shape
+        memory = OwnedMemory(count * size)
+        addresses = memory.address + np.arange(count, dtype=np.uint64) * np.uint64(size)
+        arrived = np.array(self.headers(group, wanted, addresses, False), np.int64)
+        now = np.frombuffer(memory.view, np.uint8)[: count * size].reshape(count, size)
+        other = (now != before).any(axis=1)
+        del now
         memory.close()
+        checked = verdicts[named] != Verdict.UNCHECKED
+        failed = named[checked & (arrived < 0)]
+        moved[failed], verdicts[failed] = arrived[checked & (arrived < 0)], Verdict.UNCHECKED
+        verdicts[named[checked & (arrived >= 0) & other]] = Verdict.OTHER_PAGE
 
     def _write(self, lane: _cuda.CuFileLane, group: SlotGroup, places: list[int]) -> tuple[list[int], bytes]:
-        crcs = self._crcs(lane, group, places)
-        for place, row in zip(places, crcs, strict=True):
-            seal_header(group.header(place), len(group.io.lengths), row)
-        headers = self._begin_headers(group, places, group.headers[places], True)
+        headers.seal(group, places, self._crcs(lane, group, places))
+        leaving = self._begin_headers(group, places, group.headers[places], True)
         try:
             files, pieces = self._issue(lane, group, places)
             moved = self._results(lane, len(places), pieces)
             del files
         finally:  # their memory is given back after this
-            sent = headers.wait()
+            sent = leaving.wait()
         for i, arrived in enumerate(sent):
             moved[i] = min(moved[i], arrived) if min(moved[i], arrived) < 0 else moved[i] + arrived
         return moved, bytes(len(places))

@@ -209,6 +209,11 @@ class SlotIo:
             time_ns, tokens, None if batch.event_hashes is None else batch.event_hashes[pages],
         )  # fmt: skip
 
+    def header_rows(self, group: SlotGroup, pages: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Memory of headers (uint8[..., header bytes], of other groups' too), and which of them are these pages'."""
+        pool = self._pool(group.copies is not None)
+        return pool.rows, pool.numbers(group.headers[pages])
+
     def give(self, group: SlotGroup, pages: Sequence[int]) -> None:
         """Memory of pages that have ended."""
         headers = group.headers.tolist()

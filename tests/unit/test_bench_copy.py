@@ -52,3 +52,9 @@ def test_a_row_a_line() -> None:
     text = bench_copy.lines(written)
     assert json.loads(text) == written
     assert len(text.splitlines()) == 2 + 1 + 2 + 2 + 1
+
+
+def test_pages_are_whole_tokens() -> None:
+    done = CliRunner().invoke(bench.app, ["copy", "--page", "96KiB"])
+    assert done.exit_code == 2
+    assert "is not a multiple of 64 KiB" in done.output
