@@ -5,6 +5,9 @@
 #     serve.sh RESULTS ram      our tier under /dev/shm: 2 minutes
 #     serve.sh RESULTS quick    two short prompts and our tier alone: does it run here
 #
+# SUBJECTS="stock-nixl" takes other subjects than the matrix', LENGTHS="8192" other prompts, NAME=... another name of the
+# results than serve-MATRIX.
+#
 # Llama-3.1-8B's shape with dummy weights, pages of 64 tokens (8 MiB). Between filling and reading the server is
 # restarted and the page cache dropped (as root). Needs SGLang with its HTTP server and hicache-ext in one environment,
 # and 60 GB of disk under WORK. Memory under /dev/shm stands in for a fast array of disks: the result says so.
@@ -39,15 +42,23 @@ ram) subjects=("--subject=ours-ram=$work/ram.yaml") lengths=(--length 32768 --le
 quick) subjects=(--subject ours) lengths=(--length 2048 --length 8192) ;;
 *) echo "no matrix is called $matrix: disk, ram, quick" >&2; exit 2 ;;
 esac
+if [ -n "${SUBJECTS:-}" ]; then
+  subjects=()
+  for name in $SUBJECTS; do subjects+=(--subject "$name"); done
+fi
+if [ -n "${LENGTHS:-}" ]; then
+  lengths=()
+  for tokens in $LENGTHS; do lengths+=(--length "$tokens"); done
+fi
 cat > "$work/ram.yaml" <<Y
 tiers:
   - {type: local, path: /dev/shm/hicache-bench-serve, capacity: 40GiB}
 Y
 
 plot=()
-if $python -c 'import matplotlib' 2>/dev/null; then plot=(--plot "$results/serve-$matrix.png"); fi
+if $python -c 'import matplotlib' 2>/dev/null; then plot=(--plot "$results/${NAME:-serve-$matrix}.png"); fi
 
 $python -m hicache_ext.cli.main bench serve --launch "$flags" "${subjects[@]}" "${lengths[@]}" \
   --tier none --tier device --tier host --tier local --requests "${REQUESTS:-1}" --new-tokens 8 --vocabulary 128000 \
   --dir "$work" --capacity 40GiB --disk "${DISK:-2GiB}" --kv-bytes 131072 --time-limit "${LIMIT:-470}" \
-  --json "$results/serve-$matrix.json" "${plot[@]}" | tee "$results/serve-$matrix.txt"
+  --json "$results/${NAME:-serve-$matrix}.json" "${plot[@]}" | tee "$results/${NAME:-serve-$matrix}.txt"
