@@ -140,7 +140,7 @@ fuzz: venv
 # The index, the region of shared memory, the header scan, runs of slots, the checksums and the native engine under ASan
 # with UBSan, then under TSan (which wants the old address layout).
 SANITIZED_INDEX := $(addprefix csrc/index/,test_index.cpp adoption.cpp chains.cpp folders.cpp index.cpp log.cpp order.cpp) csrc/checksum/crc32c.cpp
-SANITIZED_REGION := $(addprefix csrc/memory/,test_region.cpp pages.cpp region.cpp room.cpp supply.cpp table.cpp) csrc/io/slot.cpp csrc/checksum/copy.cpp csrc/checksum/crc32c.cpp
+SANITIZED_REGION := $(addprefix csrc/memory/,test_region.cpp pages.cpp past.cpp region.cpp room.cpp supply.cpp table.cpp) csrc/io/slot.cpp csrc/checksum/copy.cpp csrc/checksum/crc32c.cpp
 SANITIZED_SCAN := csrc/scan/test_scan.cpp csrc/scan/scan.cpp csrc/io/slot.cpp csrc/checksum/crc32c.cpp
 SANITIZED_SLOTS := csrc/slots/test_run.cpp csrc/slots/run.cpp csrc/io/slot.cpp csrc/checksum/crc32c.cpp
 SANITIZED_CHECKSUM := csrc/checksum/test_crc32c.cpp csrc/checksum/crc32c.cpp

@@ -40,14 +40,20 @@ for number, script in enumerate(scripts):
 """
 
 
-def run(folder: Path, head: str, scripts: Mapping[str, str]) -> dict[str, str]:
-    """What each script printed, by name, run after `head`; both as they are indented. folder: an empty one. Skips where
-    there is no compiler."""
+def build(folder: Path) -> Path:
+    """The driver, as libcuda.so.1 in this folder. Skips where there is no compiler."""
     if COMPILER is None:
         pytest.skip("no C compiler")
     driver = folder / "libcuda.so.1"
     command = [COMPILER, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(driver)]
     subprocess.run([*command, str(ROOT / "tests" / "stand_in_driver.c")], check=True, timeout=60)
+    return driver
+
+
+def run(folder: Path, head: str, scripts: Mapping[str, str]) -> dict[str, str]:
+    """What each script printed, by name, run after `head`; both as they are indented. folder: an empty one. Skips where
+    there is no compiler."""
+    driver = build(folder)
     written = folder / "scripts.json"
     written.write_text(json.dumps([textwrap.dedent(head) + textwrap.dedent(script) for script in scripts.values()]))
     done = subprocess.run(

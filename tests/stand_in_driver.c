@@ -152,6 +152,11 @@ int cuMemFree_v2(uint64_t address) {
         }
     return free((void*)address), OK;
 }
+int cuMemAllocHost_v2(void** address, size_t bytes) {
+    if (bytes > (size_t)stand_in_memory || posix_memalign(address, 4096, bytes ? bytes : 1)) return OUT_OF_MEMORY;
+    return OK;
+}
+int cuMemFreeHost(void* address) { return free(address), OK; }
 int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void* stream) {
     if (stand_in_fails_copies) return 700;
     ++stand_in_copies;
@@ -222,4 +227,9 @@ int cuEventCreate(void** event, unsigned flags) { return *event = malloc(1), OK;
 int cuEventDestroy_v2(void* event) { return free(event), OK; }
 int cuEventRecord(void* event, void* stream) { return OK; }
 int cuEventQuery(void* event) { return OK; }
-int cuEventSynchronize(void* event) { return OK; }
+/* What else goes on in the process while somebody waits for the device. */
+void (*stand_in_while_waiting)(void);
+int cuEventSynchronize(void* event) {
+    if (stand_in_while_waiting) stand_in_while_waiting();
+    return stand_in_stream_error ? 700 : OK;
+}

@@ -81,6 +81,9 @@ extern "C" __global__ void __launch_bounds__(hicache::cuda::kChecksumThreads)
     const std::uint32_t thread = threadIdx.x;
     fill(tables, thread);
     const std::uint32_t to_the_end = gf_power_of_x(8ull * 16 * thread);
+    // What the initial value has become at the end of so many vectors: as much work as a whole chunk of 64 KiB, and most
+    // chunks are as long as the one before.
+    std::uint32_t begun_for = 0, begun = 0xFFFFFFFFu;
     for (std::uint32_t chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x) {
         const auto* data = reinterpret_cast<const unsigned char*>(a.addresses[chunk]);
         const bool aligned = (a.addresses[chunk] & 15u) == 0;
@@ -101,7 +104,9 @@ extern "C" __global__ void __launch_bounds__(hicache::cuda::kChecksumThreads)
         if ((thread & 31u) == 0) tables.partial[thread / 32] = value;
         __syncthreads();
         if (thread == 0) {
-            std::uint32_t crc = gf_times(0xFFFFFFFFu, gf_power_of_x(8ull * 16 * vectors));
+            if (vectors != begun_for) begun = gf_times(0xFFFFFFFFu, gf_power_of_x(8ull * 16 * vectors));
+            begun_for = vectors;
+            std::uint32_t crc = begun;
             for (std::uint32_t warp = 0; warp < kChecksumThreads / 32; ++warp) crc ^= tables.partial[warp];
             for (std::uint32_t at = 16 * vectors; at < length; ++at)
                 crc = (crc >> 8) ^ tables.slice[0][(crc ^ data[at]) & 0xFFu];

@@ -42,6 +42,8 @@ const char* resolve(void* library, Api& a) {
     need("cuLaunchKernel", a.launch);
     need("cuMemAlloc_v2", a.allocate);
     need("cuMemFree_v2", a.free);
+    need("cuMemAllocHost_v2", a.allocate_host);
+    need("cuMemFreeHost", a.free_host);
     need("cuMemcpyAsync", a.copy_async);
     need("cuMemcpy2DAsync_v2", a.copy_2d_async);
     need("cuPointerGetAttribute", a.pointer_attribute);

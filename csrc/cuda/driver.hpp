@@ -26,6 +26,7 @@ inline constexpr Result kOutOfMemory = 2;
 inline constexpr Result kNotReady = 600;
 
 inline constexpr unsigned kEventWithoutTiming = 2;
+inline constexpr unsigned kEventSleeping = 1;  // who waits for it sleeps
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr int kMemoryHost = 1;
 inline constexpr int kMemoryDevice = 2;
@@ -86,6 +87,8 @@ struct Api {
                      void**);
     Result (*allocate)(Address*, std::size_t);
     Result (*free)(Address);
+    Result (*allocate_host)(void**, std::size_t);
+    Result (*free_host)(void*);
     Result (*copy_async)(Address, Address, std::size_t, Stream);
     Result (*copy_2d_async)(const Copy2d*, Stream);
     Result (*pointer_attribute)(void*, int, Address);

@@ -15,6 +15,7 @@
 #include "device.hpp"
 #include "fatbin.hpp"
 #include "gds/module.hpp"
+#include "lane.hpp"
 #include "route.hpp"
 
 namespace nb = nanobind;
@@ -185,6 +186,29 @@ NB_MODULE(_cuda, m) {
         .def_prop_ro("handle", [](const OwnStream& s) { return reinterpret_cast<std::uint64_t>(s.handle); })
         .def("synchronize", &OwnStream::synchronize, nb::call_guard<nb::gil_scoped_release>());
     m.def("stream", [](std::shared_ptr<Device> d) { return std::make_shared<OwnStream>(d); }, nb::arg("device"));
+
+    nb::class_<CopyLane>(m, "CopyLane", "Copies between pinned memory and the device's, with checksums of the latter.")
+        .def_prop_ro("mover",
+                     [](const CopyLane& lane) { return nb::capsule(&lane.mover(), hicache::memory::kMoverName); },
+                     "What a region is given (csrc/memory/mover.hpp). The lane must outlive whatever uses it.")
+        .def("move",
+             [](CopyLane& lane, const U64In& to, const U64In& from, const U64In& bytes, const U64In& addresses,
+                const U32In& lengths, const U32Out& crcs) {
+                 const std::size_t count = to.shape(0), chunks = addresses.shape(0);
+                 if (from.shape(0) != count || bytes.shape(0) != count)
+                     throw std::invalid_argument("to, from and bytes differ in size");
+                 if (lengths.shape(0) != chunks || crcs.shape(0) != chunks)
+                     throw std::invalid_argument("addresses, lengths and crcs differ in size");
+                 std::vector<hicache::memory::Piece> pieces(count);
+                 for (std::size_t i = 0; i < count; ++i) pieces[i] = {to.data()[i], from.data()[i], bytes.data()[i]};
+                 nb::gil_scoped_release release;
+                 lane.move(pieces.data(), count, {addresses.data(), lengths.data(), crcs.data(), chunks});
+             },
+             nb::arg("to"), nb::arg("from_"), nb::arg("bytes"), nb::arg("addresses"), nb::arg("lengths"),
+             nb::arg("crcs").noconvert());
+    m.def("copy_lane",
+          [](std::shared_ptr<Device> d, unsigned blocks) { return std::make_shared<CopyLane>(std::move(d), blocks); },
+          nb::arg("device"), nb::arg("blocks"), nb::call_guard<nb::gil_scoped_release>());
 
     nb::class_<Stage>(m, "Stage", "Device memory between a kernel and the copy engines.")
         .def_prop_ro("half_bytes", [](const Stage& s) { return s.half_bytes; });

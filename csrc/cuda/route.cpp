@@ -85,8 +85,7 @@ Route::Route(std::shared_ptr<Device> device, Blocks blocks, std::optional<Spans>
     put(1, blocks_.b.planes);
 }
 
-void Route::issue(const std::vector<Run>& runs, Stream stream, bool batch) const {
-    const Api& api = device_->api;
+void issue(const Api& api, const std::vector<Run>& runs, Stream stream, bool batch) {
     const bool named = reinterpret_cast<std::uintptr_t>(stream) > 2;  // 0, 1 and 2 stand for default streams
     if (batch && named && api.copy_batch_async != nullptr && runs.size() > 1) {
         std::vector<Address> from(kBatch), to(kBatch);

@@ -23,6 +23,9 @@ struct Run {
     std::size_t bytes;
 };
 
+/// By the copy engines, in as few calls as the driver allows. batch: cuMemcpyBatchAsync where there is one.
+void issue(const Api& api, const std::vector<Run>& runs, Stream stream, bool batch);
+
 struct Blocks {
     Side a, b;
     std::uint32_t tokens = 1, heads = 1;
@@ -88,7 +91,10 @@ class Route {
     void launch(const Side& from, const Side& to, Address from_planes, Address to_planes, std::size_t planes,
                 const std::uint64_t* from_pages, const std::uint64_t* to_pages, std::size_t pages, bool planes_inside,
                 std::uint64_t alignment, Stream stream, unsigned blocks) const;
-    void issue(const std::vector<Run>& runs, Stream stream, bool batch) const;
+
+    void issue(const std::vector<Run>& runs, Stream stream, bool batch) const {
+        cuda::issue(device_->api, runs, stream, batch);
+    }
 
     std::shared_ptr<Device> device_;
     Blocks blocks_;

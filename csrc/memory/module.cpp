@@ -130,6 +130,48 @@ void write(Held& held, const nb::bytes& name_space, std::uint64_t header_bytes, 
     }
 }
 
+std::vector<Identity> all(Keys& asked) {
+    std::vector<Identity> pages(asked.size());
+    for (std::size_t i = 0; i < pages.size(); ++i) pages[i] = asked.page(i);
+    return pages;
+}
+
+const Mover& mover_of(const nb::capsule& mover) {
+    const char* name = mover.name();
+    if (name == nullptr || std::strcmp(name, kMoverName) != 0) wrong("another build's mover");
+    return *static_cast<const Mover*>(mover.data());
+}
+
+std::span<Verdict> as_verdicts(const Bytes& verdicts) {
+    return {reinterpret_cast<Verdict*>(verdicts.data()), verdicts.shape(0)};
+}
+
+std::string read_by(Held& held, const nb::capsule& mover, const nb::bytes& name_space, std::uint64_t header_bytes,
+                    const U64s& lengths, const nb::bytes& keys, const U64s& addresses, bool used, const Bytes& verdicts) {
+    const io::SlotShape shape = shape_of(name_space, header_bytes, lengths);
+    Keys asked(name_space, keys);
+    if (addresses.shape(0) != shape.lengths.size() * asked.size() || verdicts.shape(0) != asked.size())
+        wrong("one address per buffer and one verdict per key");
+    const Mover& by = mover_of(mover);
+    const std::span<Verdict> out = as_verdicts(verdicts);
+    const nb::gil_scoped_release release;
+    return held.region.read_by(by, shape, all(asked), addresses.data(), used, out);
+}
+
+std::string write_by(Held& held, const nb::capsule& mover, const nb::bytes& name_space, std::uint64_t header_bytes,
+                     const U64s& lengths, const nb::bytes& keys, const U64s& addresses,
+                     const In<std::uint8_t, 2>& headers, const Bytes& verdicts) {
+    const io::SlotShape shape = shape_of(name_space, header_bytes, lengths);
+    Keys asked(name_space, keys);
+    if (addresses.shape(0) != shape.lengths.size() * asked.size() || verdicts.shape(0) != asked.size() ||
+        headers.shape(0) != asked.size() || headers.shape(1) != header_bytes)
+        wrong("one address per buffer, one header and one verdict per key");
+    const Mover& by = mover_of(mover);
+    const std::span<Verdict> out = as_verdicts(verdicts);
+    const nb::gil_scoped_release release;
+    return held.region.write_by(by, shape, all(asked), headers.data(), addresses.data(), out);
+}
+
 void remove(Held& held, const nb::bytes& name_space, const nb::bytes& keys, const Bytes& found) {
     Keys asked(name_space, keys);
     if (found.shape(0) != asked.size()) wrong("one byte per key");
@@ -205,6 +247,13 @@ void bind(nb::module_& m) {
         .def("write", &write, nb::arg("namespace"), nb::arg("header_bytes"), nb::arg("lengths").noconvert(),
              nb::arg("keys"), nb::arg("addresses").noconvert(), nb::arg("headers").noconvert(),
              nb::arg("verdicts").noconvert())
+        .def("read_by", &read_by, nb::arg("mover"), nb::arg("namespace"), nb::arg("header_bytes"),
+             nb::arg("lengths").noconvert(), nb::arg("keys"), nb::arg("addresses").noconvert(), nb::arg("used"),
+             nb::arg("verdicts").noconvert(), "As read, by a mover: why it could not; empty when it could.")
+        .def("write_by", &write_by, nb::arg("mover"), nb::arg("namespace"), nb::arg("header_bytes"),
+             nb::arg("lengths").noconvert(), nb::arg("keys"), nb::arg("addresses").noconvert(),
+             nb::arg("headers").noconvert(), nb::arg("verdicts").noconvert(),
+             "As write, by a mover: why it could not; empty when it could.")
         .def("remove", &remove, nb::arg("namespace"), nb::arg("keys"), nb::arg("found").noconvert())
         .def("clear", &clear, nb::arg("namespace"))
         .def("going", &going, nb::arg("most"), "48 bytes a page: namespace and key.")
@@ -213,7 +262,15 @@ void bind(nb::module_& m) {
         .def("prepare", [](Held& held, std::uint64_t ahead, std::uint64_t step) { return held.region.prepare(ahead, step); },
              nb::arg("ahead"), nb::arg("step"), nb::call_guard<nb::gil_scoped_release>(),
              "Memory for what is opened next, a step of it; False: enough is there, or there is no more.")
+        .def("take",
+             [](Held& held, std::uint32_t extent) {
+                 if (extent >= held.region.extents()) wrong("there are fewer extents");
+                 return held.region.take(extent);
+             },
+             nb::arg("extent"), nb::call_guard<nb::gil_scoped_release>(),
+             "All memory of an extent; False: there is not enough. For any number of threads.")
         .def("opened", [](const Held& held) { return held.region.opened(); })
+        .def_prop_ro("extents", [](const Held& held) { return held.region.extents(); })
         .def_prop_ro("capacity", [](const Held& held) { return held.region.extents() * held.region.extent_bytes(); })
         .def_prop_ro("largest_page", [](const Held& held) { return held.region.extent_bytes() - kUnit; })
         .def("retire", [](Held& held) { held.region.retire(); });

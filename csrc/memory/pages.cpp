@@ -30,32 +30,41 @@ Verdict Region::read(const io::SlotShape& shape, const Identity& page, std::span
     const auto found = find(page);
     if (!found) return Verdict::kAbsent;
     const bool stream = shape.payload_bytes() >= kStreamed;
-    bool good = found->place.unit * kUnit + shape.header_bytes + shape.payload_bytes() <= extent_bytes_;
-    if (good) {
-        auto& header = scratch(shape.header_bytes);
-        read_slot(header.data(), found->slot, shape.header_bytes);
-        good = io::verify_header(shape, page.data() + 16, header.data()) == io::Verdict::kValid;
-        const std::uint8_t* sum = header.data() + io::checksums_at(shape);
-        const std::uint8_t* from = found->slot + shape.header_bytes;
-        for (std::size_t i = 0; good && i < buffers.size(); ++i)
-            for (std::uint64_t at = 0; good && at < shape.lengths[i]; at += kChunk) {
-                const std::uint64_t take = std::min(kChunk, shape.lengths[i] - at);
-                good = checksum::copy(buffers[i] + at, from, take, stream) == load<std::uint32_t>(sum);
-                from += take;
-                sum += 4;
-            }
-    }
+    auto& header = scratch(shape.header_bytes);
+    bool good = header_of(shape, page, *found, header.data());
+    const std::uint8_t* sum = header.data() + io::checksums_at(shape);
+    const std::uint8_t* from = found->slot + shape.header_bytes;
+    for (std::size_t i = 0; good && i < buffers.size(); ++i)
+        for (std::uint64_t at = 0; good && at < shape.lengths[i]; at += kChunk) {
+            const std::uint64_t take = std::min(kChunk, shape.lengths[i] - at);
+            good = checksum::copy(buffers[i] + at, from, take, stream) == load<std::uint32_t>(sum);
+            from += take;
+            sum += 4;
+        }
+    return judge(*found, good, used);
+}
+
+/// Copies a slot's header out; whether it is this page's, and the slot has room for such a page.
+bool Region::header_of(const io::SlotShape& shape, const Identity& page, const Found& found,
+                       std::uint8_t* header) noexcept {
+    if (found.place.unit * kUnit + shape.header_bytes + shape.payload_bytes() > extent_bytes_) return false;
+    read_slot(header, found.slot, shape.header_bytes);
+    return io::verify_header(shape, page.data() + 16, header) == io::Verdict::kValid;
+}
+
+/// Of a page whose bytes have all been read: `good` counts only where its slot was its own until now.
+Verdict Region::judge(const Found& found, bool good, bool used) noexcept {
     std::atomic_thread_fence(std::memory_order_acquire);
-    if (!current(found->place)) {
+    if (!current(found.place)) {
         ++changed_;
         return Verdict::kChanged;
     }
     if (!good) {
         ++damaged_;
-        take_out(*found);
+        take_out(found);
         return Verdict::kDamaged;
     }
-    if (used) touch(*found);
+    if (used) touch(found);
     return Verdict::kValid;
 }
 

@@ -15,6 +15,7 @@
 //
 //   region.cpp  what a new region is, and one that is there already     pages.cpp  pages in, out, gone
 //   table.cpp   which page is where                                      room.cpp   extents opened, sealed, emptied
+//   past.cpp    pages in and out that a device copies
 //
 // Belongs here: the region. Does not belong here: where its memory comes from and who may have it (Python).
 #pragma once
@@ -29,6 +30,7 @@
 
 #include "io/slot.hpp"
 #include "memory/layout.hpp"
+#include "memory/mover.hpp"
 #include "memory/slot.hpp"
 #include "memory/supply.hpp"
 
@@ -36,6 +38,7 @@ namespace hicache::memory {
 
 /// What became of a page. The numbers are Python's (storage_backends.memory.backend).
 enum class Verdict : std::uint8_t {
+    kUnknown = 0,  // it could not be tried
     kAbsent = 1,
     kValid = 2,    // read: in the caller's buffers, verified
     kChanged = 3,  // went while it was read: what the buffers hold is not a page
@@ -75,6 +78,15 @@ class Region {
     Verdict write(const io::SlotShape& shape, const Identity& page, const std::uint8_t* header,
                   std::span<const std::uint8_t* const> buffers);
 
+    /// As read, for memory that `mover` copies to. buffers: as many addresses for each page as the shape has lengths. Why
+    /// it could not copy, empty when it could: what is kUnknown is none of the pages' fault then.
+    std::string read_by(const Mover& mover, const io::SlotShape& shape, std::span<const Identity> pages,
+                        const std::uint64_t* buffers, bool used, std::span<Verdict> verdicts);
+
+    /// As write, for memory that `mover` copies from. headers: one after the other.
+    std::string write_by(const Mover& mover, const io::SlotShape& shape, std::span<const Identity> pages,
+                         const std::uint8_t* headers, const std::uint64_t* buffers, std::span<Verdict> verdicts);
+
     bool remove(const Identity& page) noexcept;
 
     /// Forgets a namespace (16 bytes); how many pages that were.
@@ -93,6 +105,9 @@ class Region {
     /// there before a page needs them; false: they are, or there is no more. For one thread at a time.
     bool prepare(std::uint64_t ahead, std::uint64_t step) noexcept;
 
+    /// Takes all memory of one extent, as for the first page in it; false: there is not enough.
+    bool take(std::uint32_t extent) noexcept { return supply_.take(extent); }
+
     /// How many extents this process has opened: after each of them `prepare` may have something to do.
     std::uint64_t opened() const noexcept { return opened_.load(std::memory_order_relaxed); }
 
@@ -106,6 +121,7 @@ class Region {
         Place place;
         std::uint8_t* slot;
     };
+    class Prepared;
     struct Open {
         std::uint32_t extent;
         std::uint64_t generation;
@@ -122,6 +138,8 @@ class Region {
     std::optional<Found> find(const Identity& page) noexcept;
     static Word word_for(const Identity& page, const Place& place) noexcept;
     std::atomic<Word>* word_of(const Identity& page, const Place& place) noexcept;
+    bool header_of(const io::SlotShape& shape, const Identity& page, const Found& found, std::uint8_t* header) noexcept;
+    Verdict judge(const Found& found, bool good, bool used) noexcept;
     Verdict publish(const Identity& page, const Place& place, std::uint64_t bytes) noexcept;
     void count_in(const Place& place, std::uint64_t bytes) noexcept;
     void count_out(const Place& place) noexcept;

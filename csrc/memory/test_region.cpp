@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <thread>
@@ -55,12 +56,11 @@ struct Pages {
     static std::uint8_t byte(std::uint64_t number, std::size_t buffer, std::size_t at) {
         return static_cast<std::uint8_t>((number + 1) * 0x9e3779b97f4a7c15u >> (at % 8 * 7 + buffer));
     }
-    Verdict write(Region& region, std::uint64_t number) {
-        std::vector<const std::uint8_t*> from;
-        for (std::size_t i = 0; i < memory.size(); ++i) {
+    void fill(std::uint64_t number) {
+        for (std::size_t i = 0; i < memory.size(); ++i)
             for (std::size_t at = 0; at < memory[i].size(); ++at) memory[i][at] = byte(number, i, at);
-            from.push_back(memory[i].data());
-        }
+    }
+    void make_header(std::uint64_t number) {
         const Identity page = identity(number);
         std::fill(header.begin(), header.end(), std::uint8_t{0});
         std::memcpy(header.data(), "HICSLOT1", 8);
@@ -75,7 +75,13 @@ struct Pages {
         put(&header[128], 65536, 4);
         put(&header[132], 1, 2);
         std::memcpy(&header[192], shape.lengths.data(), 8 * shape.lengths.size());
-        return region.write(shape, page, header.data(), from);
+    }
+    Verdict write(Region& region, std::uint64_t number) {
+        fill(number);
+        make_header(number);
+        std::vector<const std::uint8_t*> from;
+        for (const auto& buffer : memory) from.push_back(buffer.data());
+        return region.write(shape, identity(number), header.data(), from);
     }
     /// What the region says, and whether a page that it vouches for is the page.
     Verdict read(Region& region, std::uint64_t number) {
@@ -85,16 +91,91 @@ struct Pages {
             to.push_back(buffer.data());
         }
         const Verdict verdict = region.read(shape, identity(number), to, true);
-        if (verdict == Verdict::kValid)
-            for (std::size_t i = 0; i < memory.size(); ++i)
-                for (std::size_t at = 0; at < memory[i].size(); ++at) CHECK(memory[i][at] == byte(number, i, at));
+        if (verdict == Verdict::kValid) check(number);
         return verdict;
+    }
+    void check(std::uint64_t number) const {
+        for (std::size_t i = 0; i < memory.size(); ++i)
+            for (std::size_t at = 0; at < memory[i].size(); ++at) CHECK(memory[i][at] == byte(number, i, at));
     }
 
     SlotShape shape;
     std::vector<std::vector<std::uint8_t>> memory;
     std::vector<std::uint8_t> header;
 };
+
+/// A device as the region sees one, and what happens in the middle of its copies, or after them.
+struct Device {
+    std::function<void()> in_the_middle, after;
+    std::string fails;
+    std::uint64_t pieces = 0;
+    Mover mover{this, &Device::move};
+
+    static int move(void* self, const Piece* pieces, std::size_t count, const Chunks* chunks, char* why, std::size_t room) {
+        auto& device = *static_cast<Device*>(self);
+        device.pieces += count;
+        for (std::size_t i = 0; i < count; ++i) {
+            read_slot(reinterpret_cast<void*>(pieces[i].to), reinterpret_cast<const std::uint8_t*>(pieces[i].from),
+                      pieces[i].bytes / 2);
+            if (i == 0 && device.in_the_middle) device.in_the_middle();
+            const std::uint64_t half = pieces[i].bytes / 2;
+            read_slot(reinterpret_cast<void*>(pieces[i].to + half),
+                      reinterpret_cast<const std::uint8_t*>(pieces[i].from + half), pieces[i].bytes - half);
+        }
+        for (std::size_t i = 0; i < chunks->count; ++i)
+            chunks->crcs[i] = hicache::checksum::active().function(
+                reinterpret_cast<const std::uint8_t*>(chunks->addresses[i]), chunks->lengths[i], 0);
+        if (device.after) device.after();
+        std::snprintf(why, room, "%s", device.fails.c_str());
+        return device.fails.empty() ? 0 : 1;
+    }
+};
+
+/// Pages of one namespace in what a device takes for its own.
+struct There {
+    There(std::vector<std::uint64_t> lengths, std::size_t count) : pages(count, Pages(std::move(lengths))) {}
+
+    std::vector<Identity> identities(const std::vector<std::uint64_t>& numbers) const {
+        std::vector<Identity> found;
+        for (const auto number : numbers) found.push_back(Pages::identity(number));
+        return found;
+    }
+    std::vector<std::uint64_t> addresses(std::size_t count) const {
+        std::vector<std::uint64_t> found;
+        for (std::size_t i = 0; i < count; ++i)
+            for (const auto& buffer : pages[i].memory) found.push_back(reinterpret_cast<std::uint64_t>(buffer.data()));
+        return found;
+    }
+    std::vector<Verdict> write(Region& region, Device& device, const std::vector<std::uint64_t>& numbers) {
+        std::vector<std::uint8_t> headers;
+        for (std::size_t i = 0; i < numbers.size(); ++i) {
+            pages[i].fill(numbers[i]);
+            pages[i].make_header(numbers[i]);
+            headers.insert(headers.end(), pages[i].header.begin(), pages[i].header.end());
+        }
+        std::vector<Verdict> verdicts(numbers.size());
+        const auto where = addresses(numbers.size());
+        CHECK(region.write_by(device.mover, pages[0].shape, identities(numbers), headers.data(), where.data(), verdicts) ==
+              device.fails);
+        return verdicts;
+    }
+    std::vector<Verdict> read(Region& region, Device& device, const std::vector<std::uint64_t>& numbers) {
+        for (auto& page : pages)
+            for (auto& buffer : page.memory) std::fill(buffer.begin(), buffer.end(), std::uint8_t{0xee});
+        std::vector<Verdict> verdicts(numbers.size());
+        const auto where = addresses(numbers.size());
+        const std::string why =
+            region.read_by(device.mover, pages[0].shape, identities(numbers), where.data(), true, verdicts);
+        CHECK(why.empty() || why == device.fails);
+        for (std::size_t i = 0; i < numbers.size(); ++i)
+            if (verdicts[i] == Verdict::kValid) pages[i].check(numbers[i]);
+        return verdicts;
+    }
+
+    std::vector<Pages> pages;
+};
+
+std::vector<Verdict> all(Verdict verdict, std::size_t count) { return std::vector<Verdict>(count, verdict); }
 
 /// Memory that children share, and the file of the locks by which processes tell who lives.
 struct Shared {
@@ -211,13 +292,130 @@ void memory_is_there_before_it_is_written() {
     CHECK(pages.read(one.region, 399) == Verdict::kValid);
 }
 
+void a_device_and_the_cpu_have_the_same_pages() {
+    Shared place(16 << 20);
+    Process one(place, 1), two(place, 2);
+    const std::vector<std::uint64_t> lengths{70000, 300, 4096, 65536};
+    There there(lengths, 4);
+    Pages here(lengths);
+    Device device;
+    CHECK(there.read(one.region, device, {1, 2}) == all(Verdict::kAbsent, 2) && device.pieces == 0);
+    CHECK(there.write(one.region, device, {1, 2, 3, 4}) == all(Verdict::kStored, 4));
+    CHECK(device.pieces == 16);
+    CHECK(one.region.counts().pages == 4);
+    for (std::uint64_t number = 1; number < 5; ++number) CHECK(here.read(two.region, number) == Verdict::kValid);
+    CHECK(here.write(two.region, 5) == Verdict::kStored);
+    CHECK((there.write(one.region, device, {5, 6, 1}) ==
+           std::vector{Verdict::kPresent, Verdict::kStored, Verdict::kPresent}));
+    CHECK(there.read(two.region, device, {5, 6, 1}) == all(Verdict::kValid, 3));
+    CHECK(one.region.counts().damaged == 0 && one.region.counts().changed == 0);
+    // Buffers that touch on both sides are one copy.
+    std::vector<std::uint8_t> block(140000), headers(there.pages[0].header);
+    std::uint64_t at[4], sum = 0;
+    for (std::size_t i = 0; i < lengths.size(); sum += lengths[i++]) at[i] = reinterpret_cast<std::uint64_t>(&block[sum]);
+    std::vector<Verdict> verdict(1);
+    device.pieces = 0;
+    CHECK(one.region.read_by(device.mover, here.shape, there.identities({5}), at, true, verdict).empty());
+    CHECK(verdict[0] == Verdict::kValid && device.pieces == 1);
+    sum = 0;
+    for (std::size_t i = 0; i < lengths.size(); sum += lengths[i++])
+        for (std::size_t k = 0; k < lengths[i]; ++k) CHECK(block[sum + k] == Pages::byte(5, i, k));
+}
+
+void what_a_device_read_must_still_be_there() {
+    Shared place(2 << 20);
+    Process one(place, 1), two(place, 2);
+    There there({30000, 30000}, 3);
+    Pages here({30000, 30000});
+    const std::vector<std::uint64_t> numbers{1, 2, 3};
+    for (const bool middle : {true, false}) {
+        Device device;
+        one.region.clear(here.shape.name_space.data());
+        CHECK(there.write(one.region, device, numbers) == all(Verdict::kStored, 3));
+        for (const auto more : {4, 5}) CHECK(here.write(one.region, more) == Verdict::kStored);  // the third's extent is sealed
+        // Another process writes so many pages that these go, while they are copied, or after that and before they count.
+        const auto evict = [&] {
+            for (std::uint64_t number = 1000; number < 1200; ++number) here.write(two.region, number);
+        };
+        (middle ? device.in_the_middle : device.after) = evict;
+        CHECK(there.read(one.region, device, numbers) == all(Verdict::kChanged, 3));
+        two.region.clear(here.shape.name_space.data());
+    }
+    CHECK(one.region.counts().damaged == 0 && one.region.counts().changed == 6);
+    // Without a change of the slot, other bytes are damage: out of the table, and healed by the next write.
+    Device device;
+    CHECK(there.write(one.region, device, numbers) == all(Verdict::kStored, 3));
+    for (std::uint64_t at = place.geometry.data_at; at + 8 <= place.geometry.file_bytes; at += 8)
+        if (std::memcmp(place.base + at, "HICSLOT1", 8) == 0 &&
+            std::memcmp(place.base + at + 16, Pages::identity(2).data(), 48) == 0)
+            place.base[at + kHeader + 45000] ^= 1;
+    const std::vector<Verdict> wanted{Verdict::kValid, Verdict::kDamaged, Verdict::kValid};
+    CHECK(there.read(one.region, device, numbers) == wanted);
+    CHECK((there.read(two.region, device, numbers) ==
+           std::vector{Verdict::kValid, Verdict::kAbsent, Verdict::kValid}));
+    CHECK(there.write(two.region, device, numbers)[1] == Verdict::kStored);
+    CHECK(there.read(one.region, device, numbers) == all(Verdict::kValid, 3));
+}
+
+void a_device_that_fails_leaves_nothing() {
+    Shared place(2 << 20);
+    Process one(place, 1);
+    There there({30000, 30000}, 40);
+    Pages here({30000, 30000});
+    Device device;
+    const std::vector<std::uint64_t> numbers{1, 2, 3};
+    CHECK(here.write(one.region, 2) == Verdict::kStored);
+    device.fails = "a launch failed";
+    std::vector<Verdict> wanted{Verdict::kUnknown, Verdict::kPresent, Verdict::kUnknown};
+    for (int again = 0; again < 200; ++again) CHECK(there.write(one.region, device, numbers) == wanted);
+    CHECK(one.region.counts().pages <= 1);
+    for (const auto number : {1, 3}) CHECK(here.read(one.region, number) == Verdict::kAbsent);
+    CHECK((there.read(one.region, device, {1}) == all(Verdict::kAbsent, 1)));
+    CHECK(here.write(one.region, 2) != Verdict::kNoRoom);
+    CHECK((there.read(one.region, device, {2, 1}) == std::vector{Verdict::kUnknown, Verdict::kAbsent}));
+    device.fails.clear();
+    CHECK((there.read(one.region, device, {2}) == all(Verdict::kValid, 1)));
+    CHECK(one.region.counts().damaged == 0);
+    // A page that somebody else stores while it is on its way is there once.
+    device.after = [&] { CHECK(here.write(one.region, 50) == Verdict::kStored); };
+    CHECK((there.write(one.region, device, {50}) == all(Verdict::kPresent, 1)));
+    device.after = nullptr;
+    CHECK(one.region.remove(Pages::identity(50)) && !one.region.has(Pages::identity(50), false));
+    // More at once than the region holds: what has arrived makes room for the rest.
+    std::vector<std::uint64_t> many;
+    for (std::uint64_t number = 100; number < 140; ++number) many.push_back(number);
+    for (int again = 0; again < 5; ++again, one.region.clear(here.shape.name_space.data()))
+        CHECK(there.write(one.region, device, many) == all(Verdict::kStored, 40));
+    CHECK(here.write(one.region, 1) == Verdict::kStored);
+}
+
 /// Threads of two processes' ends: writers that evict all the time, readers of what may go at any moment.
 void many_at_once(double seconds) {
     Shared place(1 << 20);
     Process one(place, 1), two(place, 2);
     std::atomic<bool> over = false;
-    std::atomic<std::uint64_t> newest = 0, valid = 0;
+    std::atomic<std::uint64_t> newest = 0, valid = 0, by_device = 0;
     std::vector<std::thread> threads;
+    for (int i = 0; i < 2; ++i)
+        threads.emplace_back([&, i] {
+            Region& region = i == 0 ? one.region : two.region;
+            There there({20000, 300}, 3);
+            Device device;
+            std::mt19937_64 random(static_cast<unsigned>(i));
+            while (!over) {
+                if (random() % 3 == 0) {
+                    const std::uint64_t first = newest.fetch_add(3) + 1;
+                    device.fails = random() % 8 == 0 ? "on purpose" : "";
+                    there.write(region, device, {first, first + 1, first + 2});
+                }
+                const std::uint64_t last = newest, number = last - std::min<std::uint64_t>(last, random() % 40);
+                device.fails.clear();
+                for (const auto verdict : there.read(region, device, {number, number + 1, number + 2})) {
+                    CHECK(verdict != Verdict::kDamaged && verdict != Verdict::kUnknown);
+                    by_device += verdict == Verdict::kValid;
+                }
+            }
+        });
     for (int i = 0; i < 3; ++i)
         threads.emplace_back([&, i] {
             Region& region = i == 0 ? one.region : two.region;
@@ -244,7 +442,7 @@ void many_at_once(double seconds) {
             }
         });
     const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
-    while (std::chrono::steady_clock::now() < until || valid < 50 || newest < 200)
+    while (std::chrono::steady_clock::now() < until || valid < 50 || by_device < 50 || newest < 200)
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
     over = true;
     for (auto& thread : threads) thread.join();
@@ -297,6 +495,9 @@ int main() {
     copies_are_whole_and_their_checksums_right();
     one_process_and_what_it_stored();
     memory_is_there_before_it_is_written();
+    a_device_and_the_cpu_have_the_same_pages();
+    what_a_device_read_must_still_be_there();
+    a_device_that_fails_leaves_nothing();
     many_at_once(2);
     std::puts("ok");
 }

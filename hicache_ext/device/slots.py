@@ -1,7 +1,7 @@
 """Page slots in memory of ours, pinned or on the device, between a device pool and the tiers.
 
-Belongs here: the memory, pinning it, lending slots. Does not belong here: who copies into them (copies), or when
-(engines' adapters).
+Belongs here: the memory, lending slots. Does not belong here: pinning (hicache_ext.cuda), who copies into them
+(copies), or when (engines' adapters).
 
 A slot holds one page as it is stored. Whoever took a slot gives it back once nothing can touch it any more: a tier that
 is late keeps its slots, and nothing but them.
@@ -9,74 +9,23 @@ is late keeps its slots, and nothing but them.
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import math
-import mmap
-import os
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hicache_ext.cuda import CudaUnavailable, open_device
+from hicache_ext.cuda.pinning import pin, unpinning
 from hicache_ext.page import Namespace, PageLayout
 from storage_backends.base import MemoryKind, PageBatch
 from storage_backends.buffers import OwnedMemory
 
-logger = logging.getLogger(__name__)
-
 ALIGNMENT = 4096
 #: What is read or written, and copied, at once: small enough that tiers and copies work at the same time.
 PART_BYTES = 32 << 20
-_PORTABLE = 1
-_SUCCESS, _NOT_REGISTERED = 0, 713
-_RELAXED = 2
-
-_kept: list[mmap.mmap] = []
-
-
-def pin(address: int, size: int) -> str:
-    """Pin this memory for the GPU whose context is current; why it could not be, "" when it is.
-
-    By the driver alone: an error of the runtime's would stay behind, for torch to meet at its next call.
-    """
-    try:
-        register = ctypes.CDLL("libcuda.so.1").cuMemHostRegister_v2
-    except (OSError, AttributeError) as error:
-        return f"no CUDA driver: {error}"
-    result = register(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(_PORTABLE))
-    return f"cuMemHostRegister: error {result}" if result else ""
-
-
-def _context() -> int | None:
-    """The context that is current in this thread, for `_unpin` to come back to."""
-    context = ctypes.c_void_p()
-    ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
-    return context.value
-
-
-def _unpin(memory: mmap.mmap, address: int, context: int | None, process: int) -> None:
-    """Unpin, from whatever thread lets go of the memory; kept for good where the driver does not let go of it.
-
-    The driver would go on taking the addresses for the pages that it pinned, whoever is given them next.
-    """
-    if os.getpid() != process:
-        return  # a forked child has neither the driver nor these pages
-    driver = ctypes.CDLL("libcuda.so.1")
-    mode, popped = ctypes.c_int(_RELAXED), ctypes.c_void_p()
-    pushed = driver.cuCtxPushCurrent_v2(ctypes.c_void_p(context)) == 0
-    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # another thread may be capturing a graph
-    result = driver.cuMemHostUnregister(ctypes.c_void_p(address))
-    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-    if pushed:
-        driver.cuCtxPopCurrent_v2(ctypes.byref(popped))
-    if result not in (_SUCCESS, _NOT_REGISTERED):
-        _kept.append(memory)
-        logger.warning("hicache_ext: cuMemHostUnregister: error %s: %s bytes are never given back", result, len(memory))
 
 
 class PageSlots:
@@ -154,11 +103,7 @@ class Staging(PageSlots):
         super().__init__(layout, slots, stride, self._memory.address, "host")
         self.not_pinned = pin(self.address, self.size) if pinned else "nothing asks for it"
         if not self.not_pinned:
-            # However the memory goes, closed or dropped by whoever had a slot last: unpinned first, unmapped then.
-            self._unpin = weakref.finalize(
-                self._memory, _unpin, self._memory.map, self.address, _context(), os.getpid()
-            )
-            self._unpin.atexit = False
+            self._unpin = unpinning(self._memory, self._memory.map, self.address)
 
     @property
     def view(self) -> Any:

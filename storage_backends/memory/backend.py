@@ -1,7 +1,8 @@
 """A tier in this machine's DRAM that the processes of one user share: what one stores, all of them read.
 
 Belongs here: the contract, over a region's pages. Does not belong here: the region (csrc/memory: verification, room,
-many processes without a lock), its memory (region.py), who shares it (sharers.py), or what is announced (told.py).
+many processes without a lock), its memory (region.py), who shares it (sharers.py), how a GPU reaches it (device.py), or
+what is announced (told.py).
 
 A copy costs the same wherever it runs, so a batch is cut into parts for a few threads, each one call without the GIL.
 """
@@ -14,13 +15,13 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from enum import IntEnum
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import ByteSize, Field
+from pydantic import ByteSize
 
 from hicache_ext.page import KEY_BYTES, NAMESPACE_BYTES, Namespace
 from storage_backends.base import (
@@ -37,11 +38,16 @@ from storage_backends.base import (
     ResidencyListener,
 )
 from storage_backends.memory.ahead import Ahead
+from storage_backends.memory.device import Reach, Unreachable
+from storage_backends.memory.options import MemoryOptions
 from storage_backends.memory.region import Memory, SharedMemory, make_private, make_shared
 from storage_backends.memory.sharers import Sharers
 from storage_backends.memory.told import Told
 from storage_backends.slot_form import SlotForm, span
 from storage_backends.slot_form import keys as packed
+
+if TYPE_CHECKING:
+    from hicache_ext import _cuda
 
 try:
     from hicache_ext import _native
@@ -58,6 +64,7 @@ _FORMS = 64
 class Verdict(IntEnum):
     """What a region says of a page (csrc/memory/region.hpp)."""
 
+    UNKNOWN = 0
     ABSENT = 1
     VALID = 2
     CHANGED = 3
@@ -67,7 +74,8 @@ class Verdict(IntEnum):
     NO_ROOM = 7
 
 
-OUTCOMES = {
+OUTCOMES: dict[int, Outcome] = {
+    Verdict.UNKNOWN: Outcome.FAILED,
     Verdict.ABSENT: Outcome.MISS,
     Verdict.VALID: Outcome.HIT,
     Verdict.CHANGED: Outcome.MISS,
@@ -76,19 +84,6 @@ OUTCOMES = {
     Verdict.PRESENT: Outcome.HIT,
     Verdict.NO_ROOM: Outcome.REJECTED,
 }
-
-
-class MemoryOptions(BackendOptions):
-    """capacity: bytes for pages ("64GiB"), taken as they fill; of a region that is there already, its own counts.
-    region: name under which other processes of this user find the same pages; empty: this process's alone.
-    directory: where they meet; containers that share a region share this folder.
-    threads: copies at the same time.
-    """
-
-    capacity: ByteSize = Field(default=ByteSize(1 << 30), ge=1 << 18, le=1 << 42)
-    region: str = Field("", pattern=r"^[A-Za-z0-9_-]{0,32}$")
-    directory: Path = Field(default_factory=lambda: Path(f"/dev/shm/hicache-ext-{os.geteuid()}"))
-    threads: int = Field(4, ge=1, le=64)
 
 
 class MemoryBackend(Backend):
@@ -124,7 +119,9 @@ class MemoryBackend(Backend):
         )  # fmt: skip
         self._forms: dict[bytes, SlotForm] = {}
         self._told = Told(self.report, self._look)
-        self._counts = {"stored": 0, "present": 0, "rejected": 0, "errors": 0}
+        self._counts = {"stored": 0, "present": 0, "rejected": 0, "errors": 0, "to_device": 0, "from_device": 0}
+        self._reach: Reach | None = None
+        self._unreached = "no engine's KV lies on a GPU"
         self._lock = threading.Lock()
         self._said: set[str] = set()
         self._closing = threading.Event()
@@ -189,6 +186,33 @@ class MemoryBackend(Backend):
 
     # ---- the contract
 
+    def reach_device(self, ordinal: int) -> None:
+        """Takes and pins the whole region, once: seconds, for many GiB."""
+        region, memory = self._here(), self._memory
+        if region is None or memory is None or self._closing.is_set():
+            return
+        reach = self._reach
+        if reach is not None:
+            if reach.device.ordinal != ordinal:
+                self._once("second", "memory: device %s is reached, not %s as well", reach.device.ordinal, ordinal)
+            return
+        before = self._unreached
+        if not self.options.pin:
+            self._unreached = "pin: false"
+        else:
+            _, _, data_at, _ = _native.region_layout(self.capacity)
+            try:
+                self._reach = Reach(region, memory, data_at, ordinal, self._device_out)
+            except Unreachable as error:
+                self._unreached = str(error)
+        if self._reach is not None:
+            self.capabilities = replace(self.capabilities, memory=("host", "device"))
+        elif self._unreached != before:
+            logger.warning("memory: pages go to device %s through host memory: %s", ordinal, self._unreached)
+
+    def _device_out(self) -> None:
+        self.capabilities = replace(self.capabilities, memory=("host",))
+
     def lookup(self, batch: KeyBatch) -> np.ndarray:
         return self._look(batch.namespace.digest, batch.keys, used=True)
 
@@ -196,13 +220,13 @@ class MemoryBackend(Backend):
         return self._look(batch.namespace.digest, batch.keys)
 
     def read(self, batch: PageBatch) -> Completion:
-        return self._in_parts(batch, self._read, Outcome.MISS)
+        return self._in_parts(batch, False)
 
     def write(self, batch: PageBatch) -> Completion:
-        return self._in_parts(batch, self._write, Outcome.REJECTED)
+        return self._in_parts(batch, True)
 
     def remove(self, batch: KeyBatch) -> int:
-        region = self._region
+        region = self._here()
         if region is None:
             return 0
         were = np.zeros(len(batch), np.uint8)
@@ -214,7 +238,7 @@ class MemoryBackend(Backend):
         return self._told.removed(batch.namespace.digest, batch.keys, remove)
 
     def going(self, most: int) -> list[tuple[bytes, bytes]]:
-        region = self._region
+        region = self._here()
         found = region.going(most) if region is not None else b""
         spaces: dict[bytes, list[bytes]] = {}
         step = NAMESPACE_BYTES + KEY_BYTES
@@ -223,7 +247,7 @@ class MemoryBackend(Backend):
         return [(digest, b"".join(keys)) for digest, keys in spaces.items()]
 
     def clear(self, namespaces: Iterable[Namespace]) -> None:
-        region = self._region
+        region = self._here()
         if region is not None:
             for namespace in namespaces:
                 region.clear(namespace.digest)
@@ -237,22 +261,32 @@ class MemoryBackend(Backend):
 
     def stats(self) -> Mapping[str, int | float | str]:
         """pages, bytes, free_extents: the region's; the other numbers are this process's."""
-        region, sharers = self._region, self._sharers
+        region, sharers = self._here(), self._sharers
         if region is None:
             return {"pages": 0, "bytes": 0}
         with self._lock:
             counts = dict(self._counts)
         processes = 1 if sharers is None else len(sharers.alive()) + 1
-        return {**region.counts(), "huge_pages": str(self.pages), "processes": processes, **counts}
+        return {
+            **region.counts(), "huge_pages": str(self.pages), "processes": processes, "device": self._device(), **counts
+        }  # fmt: skip
+
+    def versions(self) -> Mapping[str, str]:
+        return {"device": self._device()}
+
+    def _device(self) -> str:
+        return f"no: {self._unreached}" if self._reach is None else str(self._reach)
 
     def close(self) -> None:
-        if self._closing.is_set():
+        if self._closing.is_set() or os.getpid() != self._pid:  # what a forked child has is the parent's
             return
         self._closing.set()
         self._pool.shutdown(wait=False, cancel_futures=False)  # queued parts settle as TIMEOUT
         until = time.monotonic() + CLOSE_SECONDS - 1
         for thread in list(self._pool._threads):
             thread.join(max(0.0, until - time.monotonic()))
+        if self._reach is not None:
+            self._reach.close(until)
         self._ahead.close()
         region, self._region = self._region, None
         if region is not None:
@@ -261,40 +295,67 @@ class MemoryBackend(Backend):
 
     # ---- parts of a batch
 
-    def _in_parts(self, batch: PageBatch, move: Any, gone: Outcome) -> Completion:
-        form = self._form(batch.namespace)
+    def _here(self) -> Any:
+        """The region; None when this is closed, and in a forked child, which has neither its threads nor a place of its
+        own among the region's processes."""
+        return self._region if os.getpid() == self._pid else None
+
+    def _in_parts(self, batch: PageBatch, write: bool) -> Completion:
+        form, reach = self._form(batch.namespace), self._reach
         form.check(batch)
-        if self._region is None or os.getpid() != self._pid:  # a forked child has none of the threads
-            return Completion.finished(len(batch), gone)
+        if batch.memory == "device" and reach is None:
+            raise ValueError(
+                "this tier takes pages in host memory alone: it was not asked to reach a device, or cannot"
+            )
+        if self._here() is None:
+            return Completion.finished(len(batch), Outcome.REJECTED if write else Outcome.MISS)
         completion = Completion(len(batch), self.dispatcher)
-        least = -(-_PART_BYTES // form.shape.payload_bytes)
-        step = max(least, -(-len(batch) // self.options.threads))
+        payload = form.shape.payload_bytes
+        if batch.memory == "device":
+            assert reach is not None
+            parts = max(1, len(batch) * payload // max(1, reach.part_bytes))
+            step = max(1, -(-len(batch) // parts))
+        else:
+            step = max(-(-_PART_BYTES // payload), -(-len(batch) // self.options.threads))
         for first in range(0, len(batch), step):
-            self._pool.submit(self._run, move, form, batch, first, min(first + step, len(batch)), completion)
+            last = min(first + step, len(batch))
+            work = partial(self._run, write, form, batch, range(first, last), completion)
+            if batch.memory == "host":
+                self._pool.submit(work)
+            elif reach is None or not reach.submit(write, work):
+                completion.settle_many(range(first, last), [Outcome.TIMEOUT] * (last - first))
         return completion
 
-    def _run(self, move: Any, form: SlotForm, batch: PageBatch, first: int, last: int, completion: Completion) -> None:
-        pages = range(first, last)
+    def _run(
+        self, write: bool, form: SlotForm, batch: PageBatch, pages: range, completion: Completion,
+        lane: _cuda.CopyLane | None = None,
+    ) -> None:  # fmt: skip
         region = self._region
         if completion.cancelled.is_set() or self._closing.is_set() or region is None:
             completion.settle_many(pages, [Outcome.TIMEOUT] * len(pages))
             return
         verdicts = np.zeros(len(pages), np.uint8)
         try:
-            move(region, form, batch, pages, verdicts)
-            outcomes = [OUTCOMES[Verdict(verdict)] for verdict in verdicts.tolist()]
+            (self._write if write else self._read)(region, lane, form, batch, pages, verdicts)
+            outcomes = [OUTCOMES[verdict] for verdict in verdicts.tolist()]
         except Exception as error:  # a defect of ours costs these pages only
             self._count("errors", 1)
             self._once("error", "memory: %s", error)
             outcomes = [Outcome.FAILED] * len(pages)
         completion.settle_many(pages, outcomes)
 
-    def _read(self, region: Any, form: SlotForm, batch: PageBatch, pages: range, verdicts: np.ndarray) -> None:
+    def _read(
+        self, region: Any, lane: _cuda.CopyLane | None, form: SlotForm, batch: PageBatch, pages: range,
+        verdicts: np.ndarray,
+    ) -> None:  # fmt: skip
         part = span(pages)
         keys, addresses = packed(batch.keys, part), form.addresses(batch, part)
-        region.read(
-            batch.namespace.digest, form.shape.header_bytes, form.lengths, keys, addresses, batch.used, verdicts
-        )
+        shape = batch.namespace.digest, form.shape.header_bytes, form.lengths
+        if lane is None:
+            region.read(*shape, keys, addresses, batch.used, verdicts)
+        elif self._serves():
+            self._ended(region.read_by(lane.mover, *shape, keys, addresses, batch.used, verdicts))
+            self._count("to_device", int((verdicts == Verdict.VALID).sum()))
         damaged = np.flatnonzero(verdicts == Verdict.DAMAGED)
         if len(damaged):
             key = keys[damaged[0] * KEY_BYTES : (damaged[0] + 1) * KEY_BYTES]
@@ -303,13 +364,21 @@ class MemoryBackend(Backend):
             )
             self._told.sweep(region.changes())
 
-    def _write(self, region: Any, form: SlotForm, batch: PageBatch, pages: range, verdicts: np.ndarray) -> None:
+    def _write(
+        self, region: Any, lane: _cuda.CopyLane | None, form: SlotForm, batch: PageBatch, pages: range,
+        verdicts: np.ndarray,
+    ) -> None:  # fmt: skip
         part = span(pages)
         keys, addresses = packed(batch.keys, part), form.addresses(batch, part)
         headers = np.empty((len(pages), form.shape.header_bytes), np.uint8)
         form.headers(batch, part, headers)
         digest = batch.namespace.digest
-        region.write(digest, form.shape.header_bytes, form.lengths, keys, addresses, headers, verdicts)
+        shape = digest, form.shape.header_bytes, form.lengths
+        if lane is None:
+            region.write(*shape, keys, addresses, headers, verdicts)
+        elif self._serves():
+            self._ended(region.write_by(lane.mover, *shape, keys, addresses, headers, verdicts))
+            self._count("from_device", int((verdicts == Verdict.STORED).sum()))
         self._ahead.look()
         self._count("present", int((verdicts == Verdict.PRESENT).sum()))
         self._count("rejected", int((verdicts == Verdict.NO_ROOM).sum()))
@@ -320,8 +389,15 @@ class MemoryBackend(Backend):
             notes = None if batch.notes is None else batch.notes.only([pages.start + i for i in new])
             self._told.stored(digest, [keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in new], notes)
 
+    def _serves(self) -> bool:
+        return self._reach is not None and not self._reach.out
+
+    def _ended(self, why: str) -> None:
+        if self._reach is not None:
+            self._reach.ended(why)
+
     def _look(self, digest: bytes, keys: bytes, used: bool = False) -> np.ndarray:
-        region, found = self._region, np.zeros(len(keys) // KEY_BYTES, np.uint8)
+        region, found = self._here(), np.zeros(len(keys) // KEY_BYTES, np.uint8)
         if region is not None:
             region.lookup(digest, keys, used, found)
         return found

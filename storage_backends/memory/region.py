@@ -67,6 +67,19 @@ class Memory:
             if error.errno != errno.EINVAL:  # before Linux 5.14
                 raise
 
+    @property
+    def map(self) -> mmap.mmap:
+        return self._map
+
+    @property
+    def taken(self) -> int:
+        """Bytes of it that the kernel has given already, as far as that is known."""
+        return 0
+
+    def keep_from_children(self) -> None:
+        """A forked child does not get it: no write after a fork moves a page that a device has pinned."""
+        self._map.madvise(mmap.MADV_DONTFORK)
+
     def close(self) -> None:
         """The mapping goes with the last that uses it."""
 
@@ -87,6 +100,13 @@ class SharedMemory(Memory):
 
     def take(self, size: int) -> None:
         os.posix_fallocate(self.fd, 0, size)
+
+    @property
+    def taken(self) -> int:
+        return os.fstat(self.fd).st_blocks * 512
+
+    def keep_from_children(self) -> None:
+        """A child shares it, and its pages stay where they are."""
 
     def close(self) -> None:
         """Close the descriptor. The mapping goes with the last that uses it."""
