@@ -58,6 +58,11 @@ def pages_that_go_while_they_are_read() -> None:
 
 
 @case
+def bytes_that_change_while_they_are_copied() -> None:
+    memory_cases.bytes_that_change_while_they_are_copied(OnDevice, 1)
+
+
+@case
 def regions_are_shared_with_who_reaches_no_device() -> None:
     with tempfile.TemporaryDirectory() as folder:
         memory_cases.regions_are_shared_with_who_reaches_no_device(OnDevice, Path(folder) / "regions")

@@ -11,14 +11,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from storage_backends.base import Outcome, PageBatch
+from storage_backends.base import Outcome
 from storage_backends.gds.decision import Mode, Way, decide, libraries
 from tests import gds_cases
 from tests.gds_cases import filled, opened, read
@@ -28,43 +25,9 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
+from tests.gpu.pool import GpuPool  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-
-
-class GpuPool(HostPool):
-    """Pages on the device, and their mirror in host memory: `bytes` is as of the last `pull`."""
-
-    def __init__(self, space: Any, pages: int, skew: int = 0) -> None:
-        super().__init__(space, pages, skew)
-        self.device = torch.zeros(self.memory.size, dtype=torch.uint8, device="cuda")
-        self.mirror = torch.from_numpy(self.bytes)
-
-    def batch(self, *arguments: Any, **named: Any) -> PageBatch:
-        made = super().batch(*arguments, **named)
-        addresses = made.addresses - np.uint64(self.memory.address) + np.uint64(self.device.data_ptr())
-        return replace(made, addresses=addresses, owner=self.device, memory="device")
-
-    def write_batch(self, *arguments: Any, **named: Any) -> PageBatch:
-        made = super().write_batch(*arguments, **named)
-        self.push()
-        return made
-
-    def poison(self) -> None:
-        super().poison()
-        self.push()
-
-    def get(self, page: int) -> np.ndarray:
-        self.pull()
-        return super().get(page)
-
-    def push(self) -> None:
-        self.device.copy_(self.mirror)
-        torch.cuda.synchronize()
-
-    def pull(self) -> None:
-        self.mirror.copy_(self.device)
-        torch.cuda.synchronize()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -204,7 +167,7 @@ import numpy as np, torch
 sys.path.insert(0, {root!r})
 from storage_backends.base import Outcome
 from tests.gds_cases import filled, opened, read
-from tests.gpu.test_gds import GpuPool
+from tests.gpu.pool import GpuPool
 from tests.pages import HostPool, chain
 backend, space, keys, pool = filled(Path({folder!r}) / "tier", GpuPool)
 """
