@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 #: run beside a decode.
 MULTIPROCESSORS = 3
 LAYER_MULTIPROCESSORS = 2
+#: For whole copies within the device: over in so short a time that a step does not feel it, and a bus never waits.
+DEVICE_MULTIPROCESSORS = 12
 STAGE_BYTES = 32 << 20
 
 _NUMBERS = {Way.engine: 0, Way.kernel: 1, Way.stage: 2}
@@ -96,12 +98,13 @@ class Copier:
     """Copies pages between `pools` (a device's paged pools) and `pages` (page buffers: pinned, pageable, on a device).
 
     Both sides must stay where they are for as long as this lives, and this must live for as long as a CUDA graph that
-    holds one of its copies. multiprocessors, layer_multiprocessors: what a kernel may use for whole copies, and for
-    loads layer by layer. stage_bytes: device memory that the stage takes when it is first used.
+    holds one of its copies. multiprocessors, layer_multiprocessors: what a kernel may use for whole copies (0: what
+    suits where the page buffers lie), and for loads layer by layer. stage_bytes: device memory that the stage takes when
+    it is first used.
     """
 
     def __init__(
-        self, shape: BlockShape, pools: Side, pages: Side, device: int = 0, multiprocessors: int = MULTIPROCESSORS,
+        self, shape: BlockShape, pools: Side, pages: Side, device: int = 0, multiprocessors: int = 0,
         layer_multiprocessors: int = LAYER_MULTIPROCESSORS, stage_bytes: int = STAGE_BYTES,
     ) -> None:  # fmt: skip
         self.device = open_device(device)
@@ -110,7 +113,7 @@ class Copier:
         self._cuda = _cuda
         self._no_kernels = self.device.no_kernels
         self.shape, self.pools, self.pages = shape, pools, pages
-        self.multiprocessors, self.layer_multiprocessors = multiprocessors, layer_multiprocessors
+        self.layer_multiprocessors = layer_multiprocessors
         self.used: Counter[str] = Counter()
         self._said: set[str] = set()
         self._orders: dict[tuple[bool, bool], tuple[Way, ...]] = {}
@@ -123,6 +126,8 @@ class Copier:
         lying = found or none
         try:
             self.memory = self._kind(pages)
+            few = DEVICE_MULTIPROCESSORS if self.memory == "device" else MULTIPROCESSORS
+            self.multiprocessors = multiprocessors or few
             if self._kind(pools) != "device":
                 raise CopyError("the pools do not lie in device memory")
             self._route = _cuda.route(
