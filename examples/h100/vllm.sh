@@ -6,7 +6,7 @@
 #
 # VLLM: the command that starts a python with vLLM 0.25 or later and hicache-ext. SGLANG: one with SGLang 0.5.17 and
 # hicache-ext. WORK: a folder for models. FAST: a folder on a fast disk, or in memory as by default: /dev/shm, 24 GB.
-# LMCACHE=0: without it. ATTENTION: vLLM's attention backend, its own choice by default (and TRITON_ATTN if that fails).
+# LMCACHE=0: without it. DECODE=0: without what a token costs. ATTENTION: vLLM's attention backend, its own choice by default (and TRITON_ATTN if that fails).
 # ARGUMENTS, SGLANG_ARGUMENTS: JSON of further arguments of the engines.
 set -uo pipefail
 results=$(realpath -m "$1") part=${2:-all} work=${WORK:-/tmp/bench-vllm} here=$(dirname "$(realpath "$0")")
@@ -69,12 +69,12 @@ tables() { python3 "$here/vllm_report.py" "$work" "$results/vllm.json" | tee "$r
 timeout 60 $vllm "$here/vllm_engine.py" models "$work" || exit 1
 say "models are there"
 case $part in
-all) small=(small-first small-second small-share) ;;
-own) small=(small-first small-second) ;;
+all) small=(small-first small-second small-memory small-share) ;;
+own) small=(small-first small-second small-memory) ;;
 exchange) small=(small-share) ;;
 *) echo "no part is called $part: all, own, exchange" >&2; exit 2 ;;
 esac
-large=(large-plain large-ours large-offloading)
+large=(large-plain large-ours large-local large-offloading)
 [ "${LMCACHE:-1}" = 1 ] && large+=(large-lmcache)
 [ "$part" = exchange ] && large=()
 up=(small-plain) failed=0

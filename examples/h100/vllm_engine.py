@@ -18,10 +18,12 @@ import os
 import random
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.update(
@@ -239,18 +241,28 @@ def zeroed(engine: Engine, names: list[str]) -> Any:
     moves = engine.connector._worker._moves
     if not hasattr(moves, "_loads"):
         return None
-    copies, staging = moves._loads._copies, moves._staging[0][0]
-    real = copies.load
+    import torch
+
+    ways = [side.copies for side in moves._sides[0].all]
+    real = [copies.load for copies in ways]
+    blocks = moves._loads._blocks[0]
 
     def load(part: Any) -> None:
-        staging.view[:] = bytes(len(staging.view))
-        real(part)
+        for plane in blocks.planes:
+            flat = plane.buffer.view(torch.uint8)
+            shape = (blocks.pages, plane.tokens, plane.heads, plane.run)
+            there = flat.as_strided(shape, (plane.page, plane.token, plane.head, 1), flat.storage_offset())
+            there[torch.from_numpy(part.pages).to(flat.device)] = 0
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
-    copies.load = load
+    for copies in ways:
+        copies.load = load
     try:
         return small(engine, names)
     finally:
-        copies.load = real
+        for copies, one in zip(ways, real, strict=True):
+            copies.load = one
         engine.forget()
 
 
@@ -290,17 +302,16 @@ def warm(engine: Engine) -> None:
 def times(engine: Engine, kinds: list[str]) -> dict[str, Any]:
     """Rows, and what our connector counted, by kind.
 
-    kinds: computed, device (the device's own cache), host (the connector, the device's cache emptied), local (ours, the
-    tier in memory emptied as well).
+    kinds: computed, device (the device's own cache), host or local (the connector, the device's cache emptied; it is
+    called by where its pages lie).
     """
     rows: dict[tuple[int, int, str], dict[str, Any]] = {}
     counted: dict[str, dict[str, int]] = {}
+    spans = watched(engine) if engine.connector_name == "ours" else {}
     for kind in kinds:
         if kind in ("host", "local"):
             engine.settle()
             engine.forget()
-        if kind == "local":
-            engine.connector._store.tiers[0].backend.clear(engine.connector._worker.spaces)
         before = engine.counts()
         for length, turns in LENGTHS.items():
             for turn in range(turns):
@@ -309,7 +320,55 @@ def times(engine: Engine, kinds: list[str]) -> dict[str, Any]:
                 if kind != "device":
                     rows[length, turn, kind]["settle_ms"] = round(engine.settle() * 1e3, 1)
         counted[kind] = {name: number - before.get(name, 0) for name, number in engine.counts().items()}
-    return {"rows": list(rows.values()), "counted": counted}
+    return {"rows": list(rows.values()), "counted": counted, "spans": spans}
+
+
+def watched(engine: Engine) -> dict[str, list[tuple[int, float]]]:
+    """Bytes and seconds of each load from its start to its end, and of the saves of each step, from where the device
+    has computed them to where the last of them is stored; filled as they happen."""
+    worker = engine.connector._worker
+    moves, page = worker._moves, worker._bytes(0)
+    load, save, mark = moves.load, moves.save, getattr(moves, "_mark", None)
+    spans: dict[str, list[tuple[int, float]]] = {"load": [], "save": []}
+    current: list[list[float]] = [[]]  # when the device had computed what is being saved
+
+    def marked() -> Any:
+        event, times = mark(), current[0]
+
+        def synchronize() -> None:
+            event.synchronize()
+            times.append(time.perf_counter())
+
+        return SimpleNamespace(synchronize=synchronize)
+
+    def loads(pages: Any, space: Any, deadline: float, loaded: Callable[..., None]) -> None:
+        since = time.perf_counter()
+
+        def ended(bad: Any, outcomes: bytes) -> None:
+            spans["load"].append((page * outcomes.count(1), time.perf_counter() - since))
+            loaded(bad, outcomes)
+
+        current[0] = []
+        load(pages, space, deadline, ended)
+
+    def saves(pages: Any, spaces: Any, saved: Callable[..., None]) -> int:
+        since, told, lock = time.perf_counter(), [0, 0], threading.Lock()
+        times = current[0] = []
+
+        def ended(group: int, outcomes: bytes, dropped: int) -> None:
+            with lock:
+                told[0] += len(outcomes) + dropped
+                told[1] += outcomes.count(1)
+                if told[0] == sum(one.count for one in pages):
+                    spans["save"].append((page * told[1], time.perf_counter() - (times or [since])[0]))
+            saved(group, outcomes, dropped)
+
+        return int(save(pages, spaces, ended))
+
+    if mark is not None:
+        moves._mark = marked
+    moves.load, moves.save = loads, saves
+    return spans
 
 
 def decode(engine: Engine, label: str) -> dict[str, list[float]]:
@@ -352,14 +411,11 @@ def copies(engine: Engine) -> dict[str, Any]:
     moves = engine.connector._worker._moves
     if not hasattr(moves, "_loads"):  # blocks in host memory
         return {}
-    loads, staging = moves._loads, moves._staging[0][0]
-    count = staging.part
-    slots = staging.take(count, 30)
-    assert slots is not None
-    numbers = random.Random(3).sample(range(1, 2000), count * max(1, loads._blocks[0].page // loads._blocks[0].block))
-    pages = Pages("bench", bytes(32 * count), b"", tuple(numbers))
-    part = Part("0", loads._slots[0].units(slots).ravel(), loads._blocks[0].units(pages).ravel())
-    size = count * loads._blocks[0].page_bytes
+    blocks, (into, out) = moves._loads._blocks[0], moves._sides
+    count = into.part("0")
+    numbers = random.Random(3).sample(range(1, 2000), count * max(1, blocks.page // blocks.block))
+    units = blocks.units(Pages("bench", bytes(32 * count), b"", tuple(numbers))).ravel()
+    size = count * blocks.page_bytes
     host, device = (
         torch.empty(size, dtype=torch.uint8).pin_memory(),
         torch.empty(size, dtype=torch.uint8, device="cuda"),
@@ -378,17 +434,34 @@ def copies(engine: Engine) -> dict[str, Any]:
 
     found = {
         "bytes": size, "name": moves.copies,
-        "to device": rate(lambda: loads._copies.load(part)),
         "plain to device": rate(lambda: device.copy_(host, non_blocking=True)),
-        "from device": rate(lambda: moves._saves._copies.store(part)),
         "plain from device": rate(lambda: host.copy_(device, non_blocking=True)),
     }  # fmt: skip
-    staging.give(slots)
+    for way in ("host", "device"):
+        sides = getattr(into, way), getattr(out, way)
+        if sides[0] is None:
+            continue
+        for side, name in zip(sides, ("load", "store"), strict=True):
+            slots = side.staging["0"].take(count, 30)
+            assert slots is not None
+            part = Part("0", blocks.slots(side.staging["0"]).units(slots).ravel(), units)
+            label = f"{'to' if name == 'load' else 'from'} blocks, slots on the {way}"
+            found[label] = rate(lambda side=side, name=name, part=part: getattr(side.copies, name)(part))
+            copiers = getattr(side.copies, "_copiers", {}).get("0", [])
+            usual = [one.copier.multiprocessors for one in copiers]
+            for some in (3, 6, 24, 48) if way == "device" and name == "load" else ():
+                for one in copiers:
+                    one.copier.multiprocessors = some
+                found[f"{label}, {some} multiprocessors"] = rate(lambda side=side, part=part: side.copies.load(part))
+            for one, number in zip(copiers, usual, strict=True):
+                one.copier.multiprocessors = number
+            side.staging["0"].give(slots)
     return found
 
 
-MEMORY = {"type": "memory", "capacity": os.environ.get("HOST", "24GiB"), "threads": 8}
-BELOW = {**shm("large", "24GiB"), "promote": "never"}
+MEMORY = {"type": "memory", "capacity": os.environ.get("HOST", "16GiB"), "threads": 8}
+#: Whether what a token costs is measured as well.
+DECODE = os.environ.get("DECODE", "1") == "1"
 LMCACHE = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 OFFLOADING = {
     "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
@@ -403,10 +476,12 @@ ROLES: dict[str, tuple[str, str, Any, Callable[[Engine], dict[str, Any]]]] = {
     "small-plain": ("small", "none", None, small_plain),
     "small-first": ("small", "ours", ours([shm("small", "4GiB")]), small_first),
     "small-second": ("small", "ours", ours([shm("small", "4GiB")]), small_second),
+    "small-memory": ("small", "ours", ours([{**MEMORY, "capacity": "2GiB"}]), small_first),
     "small-share": ("small", "ours", ours([shm("shared", "4GiB")], **SHARED), small_share),
-    "large-plain": ("large", "none", None, timed(["computed", "device"], True)),
-    "large-ours": ("large", "ours", ours([MEMORY, BELOW]), timed(["computed", "host", "local"], True)),
-    "large-offloading": ("large", "offloading", OFFLOADING, timed(["computed", "host"], False)),
+    "large-plain": ("large", "none", None, timed(["computed", "device"], DECODE)),
+    "large-ours": ("large", "ours", ours([MEMORY]), timed(["computed", "host"], DECODE)),
+    "large-local": ("large", "ours", ours([shm("large", "24GiB")]), timed(["computed", "local"], False)),
+    "large-offloading": ("large", "offloading", OFFLOADING, timed(["computed", "host"], DECODE)),
     "large-lmcache": ("large", "lmcache", LMCACHE, timed(["computed", "host"], False)),
 }
 

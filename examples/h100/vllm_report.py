@@ -40,6 +40,8 @@ compare("vLLM computed twice (noise of other shapes)", part("small-plain", "comp
 compare("own pages, same process", part("small-first", "loaded"), right)
 compare("own pages, fresh process", part("small-second", "loaded"), right)
 compare("own pages, zeroed (must differ)", part("small-first", "zeroed"), right)
+compare("own pages, memory tier", part("small-memory", "loaded"), right)
+compare("own pages, memory tier, zeroed (must differ)", part("small-memory", "zeroed"), right)
 compare("SGLang's pages in vLLM, against vLLM alone", part("small-share", "loaded"), right)
 compare("the same, zeroed (must differ)", part("small-share", "zeroed"), right)
 compare("vLLM's pages in SGLang, against SGLang alone", part("sglang-second", "loaded"), part("sglang-alone", "cached"))
@@ -69,27 +71,43 @@ for (length, turn), found in ids.items():
 
 print("== milliseconds a token, nothing cached (medians), and what the connector adds")
 for batch in ("1", "16"):
-    plain, mine = (
-        [one for turns in ("decode_ms", "decode_again_ms") for one in (part(role, turns, batch) or [])]
-        for role in ("large-plain", "large-ours")
-    )
-    if plain and mine:
-        a, b = statistics.median(plain), statistics.median(mine)
-        print(
-            f"{batch:>3s} sequences: {a:.3f} ms, {b:.3f} ms with the connector: {100 * (b / a - 1):+.2f} %", plain, mine
-        )
+    tokens = {
+        role: [one for turns in ("decode_ms", "decode_again_ms") for one in (part(role, turns, batch) or [])]
+        for role in ("large-plain", "large-ours", "large-offloading")
+    }
+    plain = tokens["large-plain"]
+    for role, spent in tokens.items():
+        if plain and spent:
+            a, b = statistics.median(plain), statistics.median(spent)
+            print(
+                f"{batch:>3s} sequences, {role.removeprefix('large-'):12s} {b:.3f} ms, {100 * (b / a - 1):+.2f} %",
+                spent,
+            )
 
-print("== GB/s")
-for kind, counts in (part("large-ours", "counted") or {}).items():
-    for what in ("load", "save"):
-        size, whole, on_device = (counts.get(f"{what}_{name}", 0) for name in ("bytes", "us", "device_us"))
-        if size and whole and on_device:
-            # Parts of a save wait side by side, so their sum is no time.
-            through = f"{size / whole / 1e3:.2f} GB/s from start to end, " if what == "load" else ""
-            between = f"{size / on_device / 1e3:.2f} GB/s between slots and blocks"
-            print(f"{kind} {what}: {size / 1e9:.2f} GB, {through}{between}")
-    print(kind, {name: number for name, number in counts.items() if number and not name.endswith("_us")})
-print(part("large-ours", "copies"))
+print("== GB/s, and which way pages went")
+for role in ("small-first", "small-second", "small-memory", "large-ours", "large-local"):
+    counted = part(role, "counted") or {"all": part(role, "counts") or {}}
+    for kind, counts in counted.items():
+        line = []
+        for what in ("load", "save"):
+            if pages := counts.get(f"{what}_hit", 0):
+                past = counts.get(f"{what}_past_host", 0)
+                line.append(f"{what}: {pages} pages, {past} past the host")
+                if spent := counts.get(f"{what}_device_us", 0):
+                    line.append(f"copies {counts.get(f'{what}_bytes', 0) / spent / 1e3:.1f} GB/s")
+        if line:
+            other = {name: number for name, number in counts.items() if number and not name.endswith(("_us", "_bytes"))}
+            print(f"{role} {kind}: {', '.join(line)}", other)
+    for what, found in (part(role, "spans") or {}).items():
+        sizes = sorted({size for size, _ in found if size})
+        for size in sizes:
+            speeds = sorted(size / seconds / 1e9 for one, seconds in found if one == size)
+            print(
+                f"{role}: {what} of {size / 1e9:.2f} GB from start to end: {statistics.median(speeds):.1f} GB/s "
+                f"({speeds[0]:.1f} to {speeds[-1]:.1f}, {len(speeds)} times)"
+            )
+    for name, speed in (part(role, "copies") or {}).items():
+        print(f"    {name}: {speed}")
 for role, found in every.items():
     if "error" in found:
         print(f"FAILED {role}: {found['error'].splitlines()[-1] if found['error'] else ''}")

@@ -99,8 +99,8 @@ class Copier:
 
     Both sides must stay where they are for as long as this lives, and this must live for as long as a CUDA graph that
     holds one of its copies. multiprocessors, layer_multiprocessors: what a kernel may use for whole copies (0: what
-    suits where the page buffers lie), and for loads layer by layer. stage_bytes: device memory that the stage takes when
-    it is first used.
+    suits where the page buffers lie), and for loads layer by layer. stage_bytes: device memory that the stage takes
+    when it is first used.
     """
 
     def __init__(
