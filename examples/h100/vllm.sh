@@ -6,7 +6,8 @@
 #
 # VLLM: the command that starts a python with vLLM 0.25 or later and hicache-ext. SGLANG: one with SGLang 0.5.17 and
 # hicache-ext. WORK: a folder for models. FAST: a folder on a fast disk, or in memory as by default: /dev/shm, 24 GB.
-# LMCACHE=0: without it. DECODE=0: without what a token costs. ATTENTION: vLLM's attention backend, its own choice by default (and TRITON_ATTN if that fails).
+# LMCACHE=0: without it. DECODE=0: without what a token costs. ATTENTION: vLLM's attention backend, its own choice by
+# default (and TRITON_ATTN if that fails).
 # ARGUMENTS, SGLANG_ARGUMENTS: JSON of further arguments of the engines.
 set -uo pipefail
 results=$(realpath -m "$1") part=${2:-all} work=${WORK:-/tmp/bench-vllm} here=$(dirname "$(realpath "$0")")
