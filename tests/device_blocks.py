@@ -113,6 +113,7 @@ class Case:
                 cond.notify_all()
 
         sent = self.moves.save(pages, [self.space], saved)
+        self.counts.count("saved", sent)
         with cond:
             assert cond.wait_for(lambda: sum(told.values()) >= sent, 60), told
         return +told
@@ -126,6 +127,7 @@ class Case:
             told.append((sorted(bad), [Outcome(one) for one in outcomes]))
             done.set()
 
+        self.counts.count("loaded", pages.count)
         self.moves.load(pages, self.space, time.monotonic() + seconds, loaded)
         assert done.wait(seconds + 60)
         assert len(told) == 1

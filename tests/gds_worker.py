@@ -83,7 +83,7 @@ def _reached(folder: Path) -> past_blocks.Reached:
     def tier(kind: str, **options: Any) -> list[dict[str, Any]]:
         return [{"type": kind, "path": str(folder / str(next(made))), "capacity": 256 << 20, **options}]
 
-    def spoil(case: Any, key: bytes) -> None:
+    def spoil(case: Any, key: bytes, begin: bytes) -> None:
         file, at = place_of(case.store.tiers[0].backend, case.space, key)
         flip(file, at + 4096 + 77)
 

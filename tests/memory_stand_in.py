@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ from hicache_ext.store.tier import Tier
 from storage_backends.base import Dispatcher, Outcome
 from storage_backends.memory import MemoryBackend, backend, device
 from storage_backends.memory.region import Room
-from tests import memory_cases
+from tests import memory_cases, past_blocks
 from tests.gds_cases import read
 from tests.gds_linker import Linked
 from tests.memory_cases import MIB, opened, write
@@ -50,6 +51,22 @@ for shared in (
     memory_cases.a_flipped_byte_is_never_served,
 ):
     CASES[shared.__name__] = partial(shared, OnDevice)
+
+
+def _spoil(case: Any, key: bytes, begin: bytes) -> None:
+    memory = case.store.tiers[0].backend._memory.map
+    start = memory.find(begin)
+    assert start > 0
+    memory[start + 77] ^= 0x40
+
+
+REACHED = past_blocks.Reached(
+    lambda: [{"type": "memory", "capacity": 64 * MIB}],
+    lambda: [{"type": "tests.dictionary:DictionaryBackend"}], _spoil,
+    lambda case: case.store.tiers[0].backend._device_out(), past_blocks.EVERY,
+)  # fmt: skip
+for name, blocks in past_blocks.CASES.items():
+    CASES[f"vllm_{name}"] = partial(blocks, REACHED)
 
 
 @case

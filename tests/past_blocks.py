@@ -8,7 +8,7 @@ unit/test_vllm_driver.py).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,7 +26,13 @@ HIT, SCATTERED, ELSEWHERE = Outcome.HIT, cases.SCATTERED, cases.ELSEWHERE
 #: Of the device: four slots of the largest page in each direction.
 DEVICE_BYTES = 1 << 20
 #: Layouts, and tokens of a shared page.
-SOME = [("0.25 NHD", None), ("0.25 NHD", 4), ("0.25 kernel blocks", 64), ("K and V first", 16), ("BHLNC*", 64)]
+SOME: list[tuple[str, int | None]] = [
+    ("0.25 NHD", None), ("0.25 NHD", 4), ("0.25 kernel blocks", 64), ("K and V first", 16), ("BHLNC*", 64),
+]  # fmt: skip
+EVERY = [
+    (layout, page) for layout in rig.LAYOUTS for page in (None, TOKENS // 4, TOKENS, TOKENS * 4)
+    if page is not None or not layout.endswith("*")
+]  # fmt: skip
 
 
 class Happened:
@@ -49,12 +55,14 @@ Tiers = list[dict[str, Any]]
 @dataclass(frozen=True)
 class Reached:
     """A tier that reaches the device. tiers: a new one each time. below: tiers that go below it. spoil: makes a stored
-    page one whose bytes are not those of its checksums. out: the tier does not reach the device any more."""
+    page, of this key and beginning with these bytes, one whose bytes are not those of its checksums. out: the tier does
+    not reach the device any more."""
 
     tiers: Callable[[], Tiers]
     below: Callable[[], Tiers]
-    spoil: Callable[[Case, bytes], None]
+    spoil: Callable[[Case, bytes, bytes], None]
     out: Callable[[Case], None]
+    layouts: Sequence[tuple[str, int | None]] = tuple(SOME)
 
 
 def keys_of(pages: Any) -> list[bytes]:
@@ -67,8 +75,8 @@ def past(case: Case) -> tuple[int, int, int]:
 
 
 def pages_go_past_the_host(reached: Reached) -> None:
-    """Pages smaller and larger than blocks. Every layout: unit/test_vllm_driver.py, and on a GPU."""
-    for layout, page in SOME:
+    """Pages smaller and larger than blocks."""
+    for layout, page in reached.layouts:
         with opened(layout, page, tiers=reached.tiers()) as case:
             assert case.moves.copies == "block copies, slots on it; else block copies, pinned host memory"
             cases.there_and_back(case)
@@ -82,7 +90,8 @@ def spoilt_pages_are_load_errors_of_their_blocks(reached: Reached) -> None:
         pages = case.pages("chain", 0, 8, SCATTERED)
         assert case.save(pages) == {"HIT": 8}
         for number in (2, 7):
-            reached.spoil(case, keys_of(pages)[number])
+            begin = case.tensors[0][SCATTERED[number]].contiguous().view(torch.uint8).flatten()[:64]
+            reached.spoil(case, keys_of(pages)[number], begin.numpy().tobytes())
         case.poison()
         bad, outcomes = case.load(case.pages("chain", 0, 8, ELSEWHERE))
         assert bad == sorted([ELSEWHERE[2], ELSEWHERE[7]]), (bad, outcomes)
@@ -150,6 +159,7 @@ def a_route_that_goes_out(reached: Reached) -> None:
 
 def staging_that_is_refused(reached: Reached) -> None:
     def full(store: Any) -> Any:
+        store.reach_device(0)
         set_number("memory", 64 << 10)
         return store
 

@@ -28,14 +28,30 @@ from tests.unit.test_vllm_device import ELSEWHERE, SCATTERED, there_and_back, wa
 LONG = 1_700_000_000
 
 
+@pytest.fixture(params=[0, 1 << 20], ids=["by the host", "past it"])
+def room(request: pytest.FixtureRequest) -> int:
+    """Bytes of slots on the device: none, so that pages go by host memory, or some, so that they go past it."""
+    return int(request.param)
+
+
+def went(case: Case, room: int) -> bool:
+    """Whether all pages went the way that they should."""
+    past = [case.counts[name] for name in ("save_past_host", "load_past_host", "load_again")]
+    saved, loaded = case.counts["saved"], case.counts["loaded"]
+    return past == ([saved, loaded, 0] if room else [0, 0, 0])
+
+
 @pytest.mark.parametrize("page", [None, TOKENS // 4, TOKENS, TOKENS * 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_there_and_back(layout: str, page: int | None) -> None:
+def test_there_and_back(layout: str, page: int | None, room: int) -> None:
     if page is None and layout.endswith("*"):
         pytest.skip("blocks that do not lie in one piece are pages only where they are shared")
-    with opened(layout, "cuda", page) as case:
-        assert case.moves.copies == "block copies, pinned host memory"
+    with opened(layout, "cuda", page, device_bytes=room) as case:
+        by_host = "block copies, pinned host memory"
+        assert case.moves.copies == (f"block copies, slots on it; else {by_host}" if room else by_host)
         there_and_back(case)
+        assert went(case, room)
+        assert not case.moves.lent
 
 
 def test_torch_s_copies_do_the_same(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -58,10 +74,10 @@ def test_memory_that_is_not_pinned(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     assert caplog.text.count("is not pinned (cuMemHostRegister: error 2)") == 1
 
 
-def test_saves_come_after_the_forward() -> None:
+def test_saves_come_after_the_forward(room: int) -> None:
     """A kernel that takes a second, then the forward's writes, then the save: the bytes are the new ones, and the
     forward's thread did not wait for any of it."""
-    with opened("0.25 NHD", "cuda") as case:
+    with opened("0.25 NHD", "cuda", device_bytes=room) as case:
         told: list[Any] = []
         pages = case.pages("chain", 0, 4, SCATTERED[:4])
         case.poison()  # the first launch of a kernel waits for the device
@@ -82,9 +98,9 @@ def test_saves_come_after_the_forward() -> None:
         assert (now[:, :, SCATTERED[:4]] == 3.0).all()
 
 
-def test_loads_come_after_the_forward() -> None:
+def test_loads_come_after_the_forward(room: int) -> None:
     """Whoever had the blocks before still writes into them when the load begins."""
-    with opened("0.25 NHD", "cuda") as case:
+    with opened("0.25 NHD", "cuda", device_bytes=room) as case:
         before = case.kv(case.tensors).unflatten(2, (BLOCKS, TOKENS))
         case.save(case.pages("chain", 0, 8, SCATTERED))
         torch.cuda.synchronize()
@@ -96,10 +112,10 @@ def test_loads_come_after_the_forward() -> None:
         assert torch.equal(now[:, :, ELSEWHERE], before[:, :, SCATTERED])
 
 
-def test_blocks_that_somebody_else_gets_are_not_stored() -> None:
+def test_blocks_that_somebody_else_gets_are_not_stored(room: int) -> None:
     """Told before the forward that writes: what had not been computed by then is dropped, at once, and nothing false
     is stored."""
-    with opened("0.25 NHD", "cuda") as case:
+    with opened("0.25 NHD", "cuda", device_bytes=room) as case:
         told: list[Any] = []
         pages = case.pages("a", 0, 4, SCATTERED[:4])
         torch.cuda.synchronize()
@@ -115,10 +131,10 @@ def test_blocks_that_somebody_else_gets_are_not_stored() -> None:
         assert case.load(case.pages("a", 0, 4, ELSEWHERE[:4]))[1] == [Outcome.MISS] * 4
 
 
-def test_a_page_that_is_gone_costs_its_blocks_alone() -> None:
+def test_a_page_that_is_gone_costs_its_blocks_alone(room: int) -> None:
     from tests.unit.test_vllm_device import rig_keys
 
-    with opened("0.25 NHD", "cuda", TOKENS * 4) as case:
+    with opened("0.25 NHD", "cuda", TOKENS * 4, device_bytes=room) as case:
         pages = case.pages("chain", 0, 2, SCATTERED)
         case.save(pages)
         case.store.remove(rig_keys(case, pages, 0))
@@ -152,10 +168,10 @@ def busy() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("busy")
-def test_many_turns_beside_a_busy_device() -> None:
+def test_many_turns_beside_a_busy_device(room: int) -> None:
     """Blocks are written, saved, given to somebody else, and loaded again, with two slots at a time."""
     generator = torch.Generator().manual_seed(7)
-    with opened("0.25 NHD", "cuda", load_bytes=1) as case:
+    with opened("0.25 NHD", "cuda", load_bytes=1, device_bytes=min(room, 1)) as case:
         stored: dict[str, Any] = {}
         for turn in range(60):
             name, blocks = f"turn {turn}", torch.randperm(BLOCKS, generator=generator)[:6].tolist()
@@ -172,6 +188,26 @@ def test_many_turns_beside_a_busy_device() -> None:
                 for layer in range(rig.LAYERS):
                     assert (now[layer, :, target] == float(past + layer)).all(), f"turn {turn}"
         assert len(stored) == 60
+        assert went(case, room)
+
+
+def test_a_spoilt_page_never_meets_a_block() -> None:
+    """Its checksum is computed on the device: the page is a load error of its block, and the others are there."""
+    with opened("0.25 NHD", "cuda", device_bytes=1 << 20) as case:
+        pages = case.pages("chain", 0, 8, SCATTERED)
+        case.save(pages)
+        memory = case.store.tiers[0].backend._memory.map
+        begin = case.tensors[0][SCATTERED[3]].cpu().contiguous().view(torch.uint8).flatten()[:64]
+        start = memory.find(begin.numpy().tobytes())
+        assert start > 0
+        memory[start + 77] ^= 0x40
+        case.poison()
+        bad, outcomes = case.load(case.pages("chain", 0, 8, ELSEWHERE))
+        assert bad == [ELSEWHERE[3]]
+        assert [i for i, outcome in enumerate(outcomes) if outcome != Outcome.HIT] == [3], outcomes
+        assert case.counts["load_past_host"] == 7
+        now = case.kv(case.tensors).unflatten(2, (BLOCKS, TOKENS))
+        assert (now[:, :, bad] == rig.POISON).all()
 
 
 def test_the_case_itself_can_fail() -> None:
