@@ -25,6 +25,8 @@ from tests.unit import test_vllm_device as cases
 HIT, SCATTERED, ELSEWHERE = Outcome.HIT, cases.SCATTERED, cases.ELSEWHERE
 #: Of the device: four slots of the largest page in each direction.
 DEVICE_BYTES = 1 << 20
+#: What the device has left.
+FREE_BYTES = 1 << 30
 #: Layouts, and tokens of a shared page.
 SOME: list[tuple[str, int | None]] = [
     ("0.25 NHD", None), ("0.25 NHD", 4), ("0.25 kernel blocks", 64), ("K and V first", 16), ("BHLNC*", 64),
@@ -44,6 +46,7 @@ class Happened:
 @contextmanager
 def opened(layout: str, page: int | None = None, device_bytes: int = DEVICE_BYTES, **more: Any) -> Iterator[Case]:
     torch.cuda.Stream = lambda device=None: SimpleNamespace(cuda_stream=0x200, synchronize=lambda: None)
+    torch.cuda.mem_get_info = lambda device: (FREE_BYTES, 1 << 40)
     more.setdefault("mark", Happened)
     with rig.opened(layout, "cpu", page, wrap=OnGpu, device_bytes=device_bytes, **more) as case:
         yield case
@@ -169,6 +172,9 @@ def staging_that_is_refused(reached: Reached) -> None:
         assert "pages go through host memory, not straight to the device" in said()
         cases.there_and_back(case)
         assert past(case) == (0, 0, 0)
+    with logged() as said, opened("0.25 NHD", device_bytes=FREE_BYTES // 2, tiers=reached.tiers()) as case:
+        assert case.moves.copies == "block copies, pinned host memory"
+        assert "is more than a quarter of the 1073741824 bytes that vLLM left" in said()
     with opened("0.25 NHD", device_bytes=0, tiers=reached.tiers()) as case:
         assert case.moves.copies == "block copies, pinned host memory"
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
+from hicache_ext.cuda import CudaUnavailable
 from hicache_ext.device.copies import BlockCopies, choose
 from hicache_ext.device.sides import Side, Sides, on_device
 from hicache_ext.device.slots import PageSlots
@@ -68,6 +69,12 @@ class DeviceMoves:
 
         def past() -> Side:
             ordinal, each = device.index or 0, device_bytes // 2 // len(blocks)
+            free = _free(device)  # vLLM captures its CUDA graphs after this, and does not start without room for them
+            if device_bytes > free // 4:
+                raise CudaUnavailable(
+                    f"device_staging_bytes = {device_bytes} is more than a quarter of the {free} bytes that vLLM left "
+                    "free, which its CUDA graphs may need. Fix: lower it, or --gpu-memory-utilization"
+                )
             staging: dict[str, PageSlots] = {
                 name: one.device_staging(layouts[name], each, ordinal) for name, one in named.items()
             }
@@ -122,6 +129,13 @@ def objection(vllm_config: Any) -> str:
             "Fix: start vLLM without --enable-sleep-mode"
         )
     return ""
+
+
+def _free(device: Any) -> int:
+    """Bytes of the device that nobody has taken."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 class _Nothing:
