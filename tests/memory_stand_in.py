@@ -9,6 +9,8 @@ own, which loads the driver for itself, and prints "NAME: ok" or a traceback.
 from __future__ import annotations
 
 import ctypes
+import gc
+import json
 import logging
 import os
 import sys
@@ -23,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from hicache_ext.cli.main import app
 from hicache_ext.store import TieredStore
 from hicache_ext.store.tier import Tier
 from storage_backends.base import Dispatcher, Outcome
@@ -338,6 +342,23 @@ def a_linker_s_pages_go_past_the_host() -> None:
     assert linked.holds(wanted, there, back)
     assert (tier.stats()["from_device"], tier.stats()["to_device"]) == (30, 30)
     linked.close()
+
+
+@case
+def the_benchmark() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "rows.json"
+        asked = ["bench", "memory", "--page", "64KiB", "--size", "1MiB", "--rounds", "1", "--json", str(written)]
+        done = CliRunner().invoke(app, asked)
+        assert done.exit_code == 0, done.output
+        assert "tier: pinned 64.0MiB, device 0 stand-in" in done.output
+        rows = json.loads(written.read_text())["rows"]
+    assert {(row["subject"], row["op"]) for row in rows} >= {
+        (name, op) for name in ("ours", "cpu", "memcpy") for op in ("read", "write")
+    }
+    assert all(row["of_memcpy"] > 0 for row in rows)
+    gc.collect()
+    assert pinned() == 0
 
 
 @case

@@ -15,6 +15,7 @@ from hicache_ext.cli.bench_gds import gds_command
 from hicache_ext.cli.bench_index import index_command
 from hicache_ext.cli.bench_indexer import indexer_command
 from hicache_ext.cli.bench_io import io_command
+from hicache_ext.cli.bench_memory import memory_command
 from hicache_ext.cli.bench_policy import policy_command
 from hicache_ext.cli.bench_router import router_command
 from hicache_ext.cli.bench_serve import serve_command
@@ -27,6 +28,7 @@ app.command("policy")(policy_command)
 app.command("index")(index_command)
 app.command("copy")(copy_command)
 app.command("gds")(gds_command)
+app.command("memory")(memory_command)
 app.command("serve")(serve_command)
 app.command("tiers")(tiers_command)
 app.command("events-scheduler")(events_scheduler_command)
