@@ -121,6 +121,7 @@ class MemoryBackend(Backend):
         self._told = Told(self.report, self._look)
         self._counts = {"stored": 0, "present": 0, "rejected": 0, "errors": 0, "to_device": 0, "from_device": 0}
         self._reach: Reach | None = None
+        self._reaching = threading.Lock()
         self._unreached = "no engine's KV lies on a GPU"
         self._lock = threading.Lock()
         self._said: set[str] = set()
@@ -172,11 +173,11 @@ class MemoryBackend(Backend):
 
     def _say_what_it_is(self) -> None:
         sharers, options = self._sharers, self.options
-        others = len(sharers.alive()) - 1 if sharers is not None else 0
+        found = "" if sharers is None or sharers.first else f"found with {len(sharers.alive())} other processes"
         logger.info(
             "memory: %s of %s, %s, %s", ByteSize(self.capacity).human_readable(), self.pages,
             f"region {options.region!r} of user {os.geteuid()}" if options.region else "this process's alone",
-            f"found with {others} other processes" if others else "new",
+            found or "new",
         )  # fmt: skip
         if sharers is not None and not sharers.first and abs(self.capacity - options.capacity) > self.capacity / 10:
             logger.warning(
@@ -188,15 +189,18 @@ class MemoryBackend(Backend):
 
     def reach_device(self, ordinal: int) -> None:
         """Takes and pins the whole region, once: seconds, for many GiB."""
-        region, memory = self._here(), self._memory
+        with self._reaching:
+            if self._reach is None:
+                self._try_to_reach(ordinal)
+            elif self._reach.device.ordinal != ordinal:
+                self._once(
+                    "second", "memory: device %s is reached, not %s as well", self._reach.device.ordinal, ordinal
+                )
+
+    def _try_to_reach(self, ordinal: int) -> None:
+        region, memory, before = self._here(), self._memory, self._unreached
         if region is None or memory is None or self._closing.is_set():
             return
-        reach = self._reach
-        if reach is not None:
-            if reach.device.ordinal != ordinal:
-                self._once("second", "memory: device %s is reached, not %s as well", reach.device.ordinal, ordinal)
-            return
-        before = self._unreached
         if not self.options.pin:
             self._unreached = "pin: false"
         else:
@@ -285,6 +289,8 @@ class MemoryBackend(Backend):
         until = time.monotonic() + CLOSE_SECONDS - 1
         for thread in list(self._pool._threads):
             thread.join(max(0.0, until - time.monotonic()))
+        if self._reaching.acquire(timeout=max(0.0, until - time.monotonic())):  # nobody begins to reach any more
+            self._reaching.release()
         if self._reach is not None:
             self._reach.close(until)
         self._ahead.close()

@@ -41,9 +41,10 @@ Work = Callable[["_cuda.CopyLane"], None]
 PART_BYTES = 32 << 20
 #: Two copies are under way while a third lane's checksums are computed. Of saves nobody waits for the last one.
 READ_LANES, WRITE_LANES = 3, 2
-#: Thread blocks, so multiprocessors at most, of one lane's checksum kernel. A block checks some 6 GB/s (reckoned from
-#: its instructions, not measured yet), so that 32 keep well ahead of PCIe; a GPU has four times as many.
-CHECKSUM_BLOCKS = 32
+#: Thread blocks, so multiprocessors at most, of one lane's checksum kernel: few, since an engine computes meanwhile. A
+#: block checks some 6 GB/s (reckoned from its instructions, not measured yet: `bench memory` does), so a lane is faster
+#: than PCIe, and while it checks the others copy.
+CHECKSUM_BLOCKS = 16
 #: Parts in a row that failed on the device's side, after which it is not asked any more.
 FAILURES = 4
 _TAKERS = 8
