@@ -29,6 +29,7 @@ from vllm.distributed import kv_events
 from hicache_ext.events.announcer import Announcer
 from hicache_ext.events.model import AnyEvent, BlockRemoved, BlockStored
 from hicache_ext.events.watch import Watch
+from hicache_ext.page import KEY_BYTES
 from hicache_ext.store import TieredStore
 from hicache_ext.store.inject import FaultyStore
 from storage_backends.base import Notes, Residency
@@ -88,6 +89,14 @@ class TierEvents:
             self._blocks -= count
         self._wake.set()
         return taken
+
+    def know(self, namespace: bytes, request: Any, keys: bytes, first: int, last: int, page_size: int) -> Notes | None:
+        """These pages of a request are on their way, to a tier or from one; what events say of them. keys: packed, from
+        the first one."""
+        notes = notes_of(request, first, last, page_size)
+        if notes is not None:
+            self.announcer.know(namespace, keys[first * KEY_BYTES : last * KEY_BYTES], notes)
+        return notes
 
     def close(self) -> None:
         self._closed = True

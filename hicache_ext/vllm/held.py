@@ -37,11 +37,12 @@ def ripe(now: int, due: float, pages: int, most: int) -> bool:
 
 
 class Run(NamedTuple, Generic[Owner]):
-    """Pages `first` to `last` of a request."""
+    """Pages `first` to `last` of a request. over: their blocks are nobody's any more."""
 
     owner: Owner
     first: int
     last: int
+    over: bool = False
 
 
 @dataclass(eq=False)
@@ -65,6 +66,7 @@ class Held(Generic[Owner]):
         self._entries: dict[Owner, _Entry] = {}
         self._lies_in: dict[int, list[tuple[_Entry, int]]] = {}
         self._pages, self._now, self._due = 0, 0, math.inf
+        self._over = False
 
     def __bool__(self) -> bool:
         return bool(self._entries)
@@ -105,7 +107,7 @@ class Held(Generic[Owner]):
         """The request is over: its pages go in the next step."""
         entry = self._entries.get(owner)
         if entry is not None:
-            entry.over, entry.due, self._due = True, self._now, self._now
+            entry.over = self._over = True
 
     def drop(self, owner: Owner) -> None:
         """Nothing of what waits of this request is saved: it begins anew."""
@@ -119,28 +121,33 @@ class Held(Generic[Owner]):
         for owner in list(self._entries):
             self.drop(owner)
         self._lies_in.clear()
-        self._due = math.inf
+        self._due, self._over = math.inf, False
 
     def take(self, known: Callable[[Owner], int]) -> list[Run[Owner]]:
-        """What is to be saved at the end of this step: everything, or nothing as yet.
+        """What is to be saved at the end of this step: what requests left that are over, and of the others everything
+        or nothing as yet.
 
         known: pages of a request whose tokens are all known. With asynchronous scheduling the last one is computed a
         step before; such a page waits on.
         """
-        if not ripe(self._now, self._due, self._pages, self.most):
+        every = ripe(self._now, self._due, self._pages, self.most)
+        if not every and not self._over:
             return []
         runs: list[Run[Owner]] = []
         later: dict[Owner, _Entry] = {}
         for owner, entry in self._entries.items():
+            if not every and not entry.over:
+                later[owner] = entry
+                continue
             last = max(entry.first, min(entry.last, known(owner)))
             begin = entry.first
             for page in sorted(page for page in entry.lost if entry.first <= page < last):
                 if page > begin:
-                    runs.append(Run(owner, begin, page))
+                    runs.append(Run(owner, begin, page, entry.over))
                 begin = page + 1
                 self.given_up += 1
             if last > begin:
-                runs.append(Run(owner, begin, last))
+                runs.append(Run(owner, begin, last, entry.over))
             if entry.over or last == entry.last:
                 self.given_up += entry.last - last
                 continue
@@ -148,7 +155,7 @@ class Held(Generic[Owner]):
             entry.first, entry.due = max(last, entry.last - AT_ONCE), self._now + STEPS
             self.given_up += entry.first - last
             later[owner] = entry
-        self._entries = later
+        self._entries, self._over = later, False
         waiting = set(map(id, later.values()))
         self._lies_in = {
             block: kept for block, held in self._lies_in.items()

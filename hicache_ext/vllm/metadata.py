@@ -20,11 +20,13 @@ from storage_backends.base import Notes, Residency
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """epoch: the cache's, which a reset changes. idle: nothing is computed in this step. fresh: blocks that
+    """leaving: saves as well, of requests that are over, so that their blocks may be anybody's from the next step on.
+    epoch: the cache's, which a reset changes. idle: nothing is computed in this step. fresh: blocks that
     requests were given for this step, of any group: its forward writes into them."""
 
     loads: list[Pages] = field(default_factory=list)
     saves: list[Pages] = field(default_factory=list)
+    leaving: list[Pages] = field(default_factory=list)
     epoch: str = ""
     idle: bool = False
     fresh: list[int] = field(default_factory=list)

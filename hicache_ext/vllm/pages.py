@@ -5,10 +5,14 @@ Belongs here: the one noun that scheduler and worker share. Does not belong here
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hicache_ext.page import KEY_BYTES
 from storage_backends.base import Notes
+
+#: In a block table: there is none here, its tokens have left the window.
+NO_BLOCK = 0
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,16 @@ class Pages:
     def count(self) -> int:
         """Pages."""
         return len(self.keys) // KEY_BYTES
+
+
+def blocks_under(
+    blocks: Sequence[int], first: int, last: int, page_size: int, block_size: int
+) -> tuple[tuple[int, ...], int]:
+    """The blocks of this table that pages `first` to `last` lie in, and the tokens of the first one before them."""
+    begin, end = first * page_size, last * page_size
+    return tuple(blocks[begin // block_size : -(-end // block_size)]), begin % block_size
+
+
+def parent_of(keys: bytes, page: int) -> bytes:
+    """Of a page, by its number in a chain's packed keys: the key before it, empty for the first."""
+    return keys[(page - 1) * KEY_BYTES : page * KEY_BYTES] if page else b""

@@ -131,13 +131,19 @@ class WorkerHalf:
             self._save(meta)
 
     def _save(self, meta: StepMetadata) -> None:
-        if not self._writes or not meta.saves:
+        if not self._writes:
             return
+        # Apart, and first: where blocks are given away before they are copied, all that is saved with them is lost.
+        for pages in (meta.leaving, meta.saves):
+            if pages:
+                self._send(pages)
+
+    def _send(self, pages: Sequence[Pages]) -> None:
         with self._cond:
             self._saving += 1  # until all are counted
         sent = 0
         try:
-            sent = self._moves.save(meta.saves, self._spaces, partial(self._saved, time.monotonic()))
+            sent = self._moves.save(pages, self._spaces, partial(self._saved, time.monotonic()))
         except Exception:
             logger.exception("hicache_ext: pages could not be stored")
         with self._cond:

@@ -67,8 +67,23 @@ def test_a_page_whose_block_was_given_away_is_left_out() -> None:
     pages.add("a", 0, 3, _block, 9)
     pages.finish("a")
     pages.begin([101])
-    assert pages.take(lambda _: 3) == [Run("a", 0, 1), Run("a", 2, 3)]
+    assert pages.take(lambda _: 3) == [Run("a", 0, 1, over=True), Run("a", 2, 3, over=True)]
     assert pages.given_up == 1
+
+
+def test_a_request_that_is_over_does_not_hurry_the_others() -> None:
+    pages: Held[str] = Held()
+    pages.begin()
+    pages.add("a", 0, 1, lambda page: [page], 1000)
+    pages.add("b", 0, 1, lambda page: [10 + page], 1000)
+    pages.finish("b")
+    pages.begin()
+    assert pages.take(lambda _: 1) == [Run("b", 0, 1, over=True)]
+    assert pages.pages == 1
+    pages.finish("a")
+    pages.begin([0])
+    assert pages.take(lambda _: 1) == []
+    assert (pages.pages, pages.given_up) == (0, 1)
 
 
 @dataclass(eq=False)
@@ -139,6 +154,7 @@ class Engine(RuleBasedStateMachine):
             self._finish(request)
         for request in self.waiting:
             self.held.finish(request)
+        self.over += self.waiting
         self.waiting.clear()
         self._step()
         assert not self.held
@@ -225,6 +241,7 @@ class Engine(RuleBasedStateMachine):
 
     def _read(self, run: Run[_Request]) -> None:
         request = run.owner
+        assert run.over == (request in self.over)
         for page in range(run.first, run.last):
             name = (request.number, self.lives[request], page)
             assert name not in self.taken, "saved twice"

@@ -76,7 +76,7 @@ def decoded(root: Path) -> Any:
     whole = engine.run(*MANY, tokens=100)
     idle = _idle_step(engine)
     engine.settle()
-    result: dict[str, Any] = {"outputs": whole, "steps": list(steps), "left": engine.scheduler_half._held.pages}
+    result: dict[str, Any] = {"outputs": whole, "steps": list(steps), "left": engine.scheduler_half._saves.waiting}
     first, again = whole[0]["tokens"], prompt(150, seed=60)
     stop = next(token for at, token in enumerate(first) if at > 75 and first.index(token) == at)
     for name, ids, more in (("stops", MANY[0], {"stop_token_ids": [stop]}), ("aborted", again, {})):
@@ -94,7 +94,7 @@ def decoded(root: Path) -> Any:
             break
     idle += _idle_step(engine)
     engine.settle()
-    result |= {"told": told, "again": again, "idle": idle, "left_again": engine.scheduler_half._held.pages}
+    result |= {"told": told, "again": again, "idle": idle, "left_again": engine.scheduler_half._saves.waiting}
     result |= {"counts": engine.scheduler_half.take_counts(), "leaked": engine.leaked()}
     engine.close()
     return result
@@ -109,7 +109,7 @@ def _idle_step(engine: Engine) -> int:
         nonlocal found
         meta = real(output)
         assert meta.idle
-        found += sum(pages.count for pages in meta.saves)
+        found += sum(pages.count for pages in meta.leaving)
         return meta
 
     half.step = step
