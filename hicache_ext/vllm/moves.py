@@ -13,6 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from hicache_ext.page import Namespace
 from hicache_ext.store import TieredStore
 from hicache_ext.store.copies import CopyBudget
@@ -86,39 +88,61 @@ class HostMoves:
         loaded(bad, outcomes)
 
     def save(self, pages: Sequence[Pages], spaces: Sequence[Namespace], saved: Saved) -> int:
-        sent = 0
+        since, sent = time.monotonic(), 0
+        copies: dict[tuple[int, bool], list[PageBatch]] = {}
         for one in pages:
             try:
-                sent += self._save(one, spaces[one.group], saved)
+                copy = self._blocks[one.group].outgoing(spaces[one.group], one, self._copies)
             except Exception:
                 logger.exception("hicache_ext: pages could not be stored")
                 self._count("save_failed", one.count)
+                continue
+            if copy is None:
+                self._count("save_no_room", one.count)
+                continue
+            if one.notes is not None:
+                copy = replace(copy, tokens=one.notes.tokens, event_hashes=one.notes.hashes)
+            copies.setdefault((one.group, one.notes is None), []).append(copy)
+        self._count("save_copy_us", int((time.monotonic() - since) * 1e6))
+        for (group, _), some in copies.items():
+            # A batch costs the tiers nearly the same whatever its pages, but it has no page twice.
+            if len({copy.key(page) for copy in some for page in range(len(copy))}) == sum(map(len, some)):
+                sent += self._write(group, some, saved)
+            else:
+                sent += sum(self._write(group, [copy], saved) for copy in some)
         return sent
 
-    def _save(self, pages: Pages, space: Namespace, saved: Saved) -> int:
-        since = time.monotonic()
-        copy = self._blocks[pages.group].outgoing(space, pages, self._copies)
-        if copy is None:
-            self._count("save_no_room", pages.count)
-            return 0
-        if pages.notes is not None:
-            copy = replace(copy, tokens=pages.notes.tokens, event_hashes=pages.notes.hashes)
-        self._count("save_copy_us", int((time.monotonic() - since) * 1e6))
+    def _write(self, group: int, copies: Sequence[PageBatch], saved: Saved) -> int:
+        batch = copies[0] if len(copies) == 1 else _together(copies)
 
         def stored(done: Completion) -> None:
-            self._copies.give(copy)
-            saved(pages.group, bytes(done.outcomes), 0)
+            for copy in copies:
+                self._copies.give(copy)
+            saved(group, bytes(done.outcomes), 0)
 
         try:
-            done = self._store.write(copy)
+            done = self._store.write(batch)
         except Exception:
             logger.exception("hicache_ext: pages could not be stored")
-            done = Completion.finished(len(copy), Outcome.FAILED)
+            done = Completion.finished(len(batch), Outcome.FAILED)
         done.on_done(stored)
-        return len(copy)
+        return len(batch)
 
     def make_way(self, blocks: Sequence[int]) -> None:
         """Saves have read their blocks already."""
 
     def close(self) -> None:
         self._copies.close()
+
+
+def _together(parts: Sequence[PageBatch]) -> PageBatch:
+    """One batch of the pages of all of these: with notes of each, or of none."""
+    buffers = np.concatenate([np.diff(part.offsets) for part in parts])
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    hashes = [part.event_hashes for part in parts if part.event_hashes is not None]
+    return PageBatch(
+        parts[0].namespace, b"".join(part.keys for part in parts), b"".join(part.parents or b"" for part in parts),
+        np.concatenate([part.addresses for part in parts]), np.concatenate([part.lengths for part in parts]),
+        np.concatenate([np.zeros(1, np.int64), np.cumsum(buffers, dtype=np.int64)]), [part.owner for part in parts],
+        np.concatenate(tokens) if tokens else None, np.concatenate(hashes) if hashes else None,
+    )  # fmt: skip

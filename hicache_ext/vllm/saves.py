@@ -136,7 +136,8 @@ class Saves:
             return
         room = min(map(len, table.blocks), default=0) * self._block_size // self._page_size
         last, first = min(tokens // self._page_size, room), table.computed
-        if self._drafts:  # of which some will be rejected: only what is known now is what is computed
+        # Drafts may be rejected, and a session's last token replaced: there only what is known now is what is computed.
+        if self._drafts or getattr(table.request, "resumable", False):
             last = min(last, table.chain.whole_pages())
         if last > first:
             table.computed = last
