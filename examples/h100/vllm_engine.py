@@ -127,7 +127,7 @@ class Engine:
             graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
             arguments |= {
                 "load_format": "dummy", "max_model_len": 36864, "max_num_seqs": 16, "compilation_config": graphs,
-                "kv_cache_memory_bytes": (14 if transfer is None else 6) << 30, "gpu_memory_utilization": 0.05,
+                "kv_cache_memory_bytes": (25 if transfer is None else 10) << 29, "gpu_memory_utilization": 0.05,
             }  # fmt: skip
         else:
             arguments |= {
