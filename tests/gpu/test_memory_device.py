@@ -111,7 +111,7 @@ def test_while_others_compute_and_capture() -> None:
         except BaseException as error:
             wrong.append(error)
 
-    with opened() as backend:
+    with opened(capacity=128 * MIB) as backend:
         pool = GpuPool(space, 32)
         batch, source = pool.write_batch(keys), pool.batch(keys)
         assert backend.write(batch).result(30) == [Outcome.HIT] * 32
