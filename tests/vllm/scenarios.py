@@ -96,6 +96,17 @@ def decoded(root: Path) -> Any:
     engine.settle()
     result |= {"told": told, "again": again, "idle": idle, "left_again": engine.scheduler_half._saves.waiting}
     result |= {"counts": engine.scheduler_half.take_counts(), "leaked": engine.leaked()}
+    # Reset while pages wait: they are of what came before it.
+    steps.clear()
+    llm.add_request("reset", {"prompt_token_ids": again[:64]}, SamplingParams(max_tokens=400, ignore_eos=True))
+    for _ in range(70):
+        llm.step()
+    waiting = engine.scheduler_half._saves.waiting
+    engine.scheduler.connector.reset_cache()
+    counts = engine.scheduler_half.take_counts()
+    llm.abort_request(["reset"], internal=False)
+    _idle_step(engine)
+    result["reset"] = {"waiting": waiting, "given_up": counts.get("save_given_up"), "steps": list(steps)}
     engine.close()
     return result
 

@@ -40,13 +40,14 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Pair:
-    """The running example. prefill, decode: ports. events, replay: of the prefill engine."""
+    """The running example. prefill, decode: ports. events, replay: of the prefill engine. store: what both share."""
 
     prefill: int
     decode: int
     events: str
     replay: str
     server: Server
+    store: RedisServer
 
     def ask(self, port: int, prompt: list[int], tokens: int) -> tuple[list[int], int]:
         """Greedy tokens, and how many of the prompt came from any cache."""
@@ -67,6 +68,26 @@ class Pair:
         details = found["usage"].get("prompt_tokens_details") or {}
         return found["choices"][0]["token_ids"], int(details.get("cached_tokens") or 0)
 
+    def leave(self, port: int, prompt: list[int], tokens: int) -> list[int]:
+        """Go away in the middle of the answer, after at least so many of 800 tokens; those that were seen."""
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 800, "temperature": 0, "ignore_eos": True}
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+        found: list[int] = []
+        try:
+            connection.request(
+                "POST", "/v1/completions", json.dumps({**body, "return_token_ids": True, "stream": True}),
+                {"Content-Type": "application/json"},
+            )  # fmt: skip
+            answer = connection.getresponse()
+            while len(found) < tokens:
+                line = answer.readline()
+                assert line, "the answer ended"
+                if line.startswith(b"data: {"):
+                    found += json.loads(line[6:])["choices"][0]["token_ids"] or []
+        finally:
+            connection.close()
+        return found
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
@@ -86,7 +107,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         with Server(command, root / "log", decode, environment) as server:
             server.wait_until_up(START_SECONDS)
             Server(command, root / "log", prefill, process=server.process).wait_until_up(START_SECONDS)
-            yield Pair(prefill, decode, events, replay, server)
+            yield Pair(prefill, decode, events, replay, server, store)
 
 
 def test_prefill_here_decode_there_and_a_router_that_knows(pair: Pair, tmp_path: Path) -> None:
@@ -109,6 +130,21 @@ def test_prefill_here_decode_there_and_a_router_that_knows(pair: Pair, tmp_path:
     assert cached == TOKENS, "the decode engine computed what the store had"
     assert tokens[:1] == first
     assert pair.ask(pair.prefill, PROMPT, 16)[0] == tokens, "as the engine that computed the prefix itself"
+
+
+def test_what_waits_to_be_saved_goes_when_the_last_request_is_gone(pair: Pair) -> None:
+    """Decoded pages wait for more of them. Nobody asks anything after this request, which nobody saw to its end."""
+    prompt = random.Random(9).choices(range(3, 1024), k=100)
+    with pair.store.client() as store:
+        before = store.dbsize()
+        seen = pair.leave(pair.prefill, prompt, 70)
+        pages, until = (len(prompt) + len(seen) - 1) // PAGE, time.monotonic() + SECONDS
+        assert pages >= 5, "three of the prompt, and two that were decoded"
+        while store.dbsize() < before + pages:
+            assert time.monotonic() < until, (before, pages, store.dbsize())
+            time.sleep(0.1)
+    talk = prompt + seen
+    assert pair.ask(pair.decode, talk[: pages * PAGE + 1], 1)[1] == pages * PAGE
 
 
 def test_lines_of_ours_are_in_vllms_log(pair: Pair) -> None:
