@@ -10,11 +10,21 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from storage_backends.base import PageBatch
 from storage_backends.buffers import OwnedMemory
+
+_native: Any = None
+try:
+    from hicache_ext import _native as _compiled
+
+    _native = _compiled
+except ImportError:  # a build without it: a copy at a time
+    pass
 
 ALIGNMENT = 4096
 #: Blocks of memory are taken in these sizes and doubles of it, so that one that was given back fits the next batch.
@@ -118,19 +128,27 @@ class _Held:
 
 def copy_pages(source: PageBatch, pages: Sequence[int], target: PageBatch, their_pages: Sequence[int]) -> bool:
     """Copy pages' bytes between batches' buffers; False (nothing copied) when sizes differ. Other threads run on."""
-    moves = []
-    for page, their_page in zip(pages, their_pages, strict=True):
-        ours = slice(int(source.offsets[page]), int(source.offsets[page + 1]))
-        theirs = slice(int(target.offsets[their_page]), int(target.offsets[their_page + 1]))
-        if source.lengths[ours].tolist() != target.lengths[theirs].tolist():
-            return False
-        moves += list(
-            zip(source.addresses[ours].tolist(), target.addresses[theirs].tolist(), source.lengths[ours].tolist(),
-                strict=True)
-        )  # fmt: skip
-    for origin, goal, length in moves:
+    ours, counts = _buffers(source, pages)
+    theirs, their_counts = _buffers(target, their_pages)
+    lengths = source.lengths[ours]
+    if not np.array_equal(counts, their_counts) or not np.array_equal(lengths, target.lengths[theirs]):
+        return False
+    origins, goals = source.addresses[ours], target.addresses[theirs]
+    if _native is not None:
+        _native.memcpy_many(goals, origins, lengths)
+        return True
+    for origin, goal, length in zip(origins.tolist(), goals.tolist(), lengths.tolist(), strict=True):
         np.copyto(_view(goal, length), _view(origin, length))  # releases the GIL, as ctypes.memmove does not
     return True
+
+
+def _buffers(batch: PageBatch, pages: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of these pages' buffers, one page after the other, and how many each has."""
+    chosen = np.asarray(pages, np.int64)
+    first = batch.offsets[chosen]
+    counts = batch.offsets[chosen + 1] - first
+    ends = np.cumsum(counts)
+    return np.repeat(first - ends + counts, counts) + np.arange(int(ends[-1]) if len(ends) else 0), counts
 
 
 def _view(address: int, length: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hicache_ext.config import Config, ConfigError
-from hicache_ext.store import NO_TIER, TieredStore
+from hicache_ext.store import NO_TIER, TieredStore, copies
 from hicache_ext.store.copies import CopyBudget, copy_pages
 from hicache_ext.store.health import Health
 from hicache_ext.store.inject import FaultyStore
@@ -460,6 +460,31 @@ def test_cost_learns_latency_and_bandwidth() -> None:
     for pages in (1, 10, 200):
         assert cost.seconds(pages, 100_000) == pytest.approx(2e-3 + pages * 1e-4, rel=0.5)
     assert cost.seconds(0, 100) == 0
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_copies_go_from_page_to_page(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled and copies._native is None:
+        pytest.skip("this build has no native module")
+    monkeypatch.setattr(copies, "_native", copies._native if compiled else None)
+    counts, sizes = [1, 3, 0, 2], [5, 4096, 70, 1, 8192, 300]
+    memory = [np.random.default_rng(seed).integers(0, 256, 6 * 8192, np.uint8) for seed in (1, 2)]
+    source, target = (
+        PageBatch(
+            SPACE, bytes(32 * len(counts)), None, one.ctypes.data + np.arange(6, dtype=np.uint64) * np.uint64(8192),
+            np.array(sizes, np.uint64), np.concatenate([[0], np.cumsum(counts)]), one,
+        ) for one in memory
+    )  # fmt: skip
+    before = [[bytes(buffer) for buffer in target.buffers(page)] for page in range(4)]
+    assert not copy_pages(source, [0, 1], target, [0, 3])
+    assert not copy_pages(source, [0], target, [1])
+    assert [[bytes(buffer) for buffer in target.buffers(page)] for page in range(4)] == before
+    assert copy_pages(source, [3, 2, 1], target, [3, 2, 1])
+    assert copy_pages(source, [], target, [])
+    for page in range(4):
+        assert [bytes(buffer) for buffer in target.buffers(page)] == (
+            before[0] if page == 0 else [bytes(buffer) for buffer in source.buffers(page)]
+        )
 
 
 def test_copies_are_counted_and_memory_is_used_again() -> None:
