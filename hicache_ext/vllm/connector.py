@@ -182,8 +182,9 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return None if self._worker is None else WorkerMetadata(self._worker.spaces)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        if self._worker is not None:
-            self._worker.load(self._step())
+        # In most steps there is nothing to do, and each call here is one of every step.
+        if self._worker is not None and ((meta := self._step()).loads or meta.idle):
+            self._worker.load(meta)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads end between steps, before the request is scheduled: others compute meanwhile, and CUDA graphs stay
@@ -193,12 +194,14 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """Blocks are saved whole, at the end of the step."""
 
     def wait_for_save(self) -> None:
-        if self._worker is not None and self.has_connector_metadata():
-            self._worker.save(self._step())
+        if self._worker is None or self._connector_metadata is None:
+            return
+        if (meta := self._step()).saves or meta.leaving:
+            self._worker.save(meta)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Before each step's forward, whether anybody was preempted or not."""
-        if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
+        if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata) and kv_connector_metadata.fresh:
             self._worker.make_way(kv_connector_metadata)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
@@ -226,7 +229,7 @@ class HiCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return None if self._worker is None else self._worker.report()
 
     def _step(self) -> StepMetadata:
-        meta = self._get_connector_metadata()
+        meta = self._connector_metadata
         assert isinstance(meta, StepMetadata)
         return meta
 

@@ -5,7 +5,8 @@ Belongs here: the messages. vLLM carries them between its processes in its own w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -24,12 +25,12 @@ class StepMetadata(KVConnectorMetadata):
     epoch: the cache's, which a reset changes. idle: nothing is computed in this step. fresh: blocks that
     requests were given for this step, of any group: its forward writes into them."""
 
-    loads: list[Pages] = field(default_factory=list)
-    saves: list[Pages] = field(default_factory=list)
-    leaving: list[Pages] = field(default_factory=list)
+    loads: Sequence[Pages] = ()
+    saves: Sequence[Pages] = ()
+    leaving: Sequence[Pages] = ()
     epoch: str = ""
     idle: bool = False
-    fresh: list[int] = field(default_factory=list)
+    fresh: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

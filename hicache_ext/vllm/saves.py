@@ -88,7 +88,9 @@ class Saves:
 
     def take_given_up(self) -> int:
         """Pages that were given up since the last call."""
-        given_up, self._held.given_up = self._held.given_up, 0
+        given_up = self._held.given_up
+        if given_up:
+            self._held.given_up = 0
         return given_up
 
     def step(
@@ -98,7 +100,10 @@ class Saves:
         """Add to `meta`, which knows the step's loads and blocks, what is to be saved after this step of vLLM's
         SchedulerOutput. tables: by request. spaces: by group. events: where they are published."""
         self._spaces, self._events = spaces, events
-        self._held.begin(chain(meta.fresh, *(pages.blocks for pages in meta.loads)))
+        if meta.loads:
+            self._held.begin(chain(meta.fresh, *(pages.blocks for pages in meta.loads)))
+        else:
+            self._held.begin(meta.fresh)
         if not self._drafts and getattr(output, "scheduled_spec_decode_tokens", None):
             self._drafts = True
         scheduled, size = output.num_scheduled_tokens, self._page_size
@@ -154,14 +159,15 @@ class Saves:
 
     def _save(self, meta: StepMetadata, taken: Sequence[Run[Table]]) -> None:
         """Those of these pages that no tier is known to hold. Tiers are asked once for all requests."""
+        saves: list[Pages] = []
+        leaving: list[Pages] = []
         runs = [
-            _Run(
-                run.owner, run.owner.chain.keys(run.last), run.first, run.last,
-                meta.leaving if run.over else meta.saves,
-            ) for run in taken if run.owner.chain is not None
+            _Run(run.owner, run.owner.chain.keys(run.last), run.first, run.last, leaving if run.over else saves)
+            for run in taken if run.owner.chain is not None
         ]  # fmt: skip
         if not runs:
             return
+        meta.saves, meta.leaving = saves, leaving
         notes = [self._know(run) for run in runs]
         parts = [run.keys[run.first * KEY_BYTES : run.last * KEY_BYTES] for run in runs]
         parents = [parent_of(run.keys, run.first) for run in runs]
