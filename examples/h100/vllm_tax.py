@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import statistics
 import subprocess
 import sys
@@ -84,7 +85,14 @@ class Engine:
         found = {}
         for sequences, length in SHAPES.items():
             self.settle()
+            before = self.engine.counts()
             found[str(sequences)] = [round(one, 4) for one in self.steps(sequences, f"turn {number}", length)]
+            self.settle()
+            found[f"{sequences} counted"] = {
+                name: counted
+                for name, count in self.engine.counts().items()
+                if (counted := count - before.get(name, 0))
+            }
         return found
 
     def settle(self) -> None:
@@ -294,6 +302,8 @@ def main() -> None:
     begun = time.monotonic()
     if not (work / "large").exists():
         subprocess.run([sys.executable, str(HERE / "vllm_engine.py"), "models", str(work)], check=True, timeout=90)
+    for tier in Path(os.environ.get("FAST", "/dev/shm"), "hicache-vllm").glob("tax-*"):
+        shutil.rmtree(tier)  # of an earlier run, whose prompts are the same
     children = [Child(role, work, results) for role in roles]
     found: dict[str, dict[str, Any]] = {role: {"turns": []} for role in roles}
 
@@ -354,6 +364,8 @@ def report(found: dict[str, dict[str, Any]]) -> list[str]:
                 for at in range(0, TOKENS - 1, (TOKENS - 1) // 4)
             ]  # fmt: skip
             lines.append(f"{'':10s} by quarters of the output: {', '.join(f'{one:.3f}' for one in quarters)}")
+            if counted := found[role]["turns"][-1].get(f"{sequences} counted"):
+                lines.append(f"{'':10s} counted in the last turn: {counted}")
         for role, one in found.items():
             if profile := one.get("profile", {}).get(sequences):
                 lines.append(
