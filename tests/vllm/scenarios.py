@@ -96,17 +96,6 @@ def decoded(root: Path) -> Any:
     engine.settle()
     result |= {"told": told, "again": again, "idle": idle, "left_again": engine.scheduler_half._saves.waiting}
     result |= {"counts": engine.scheduler_half.take_counts(), "leaked": engine.leaked()}
-    # Reset while pages wait: they are of what came before it.
-    steps.clear()
-    llm.add_request("reset", {"prompt_token_ids": again[:64]}, SamplingParams(max_tokens=400, ignore_eos=True))
-    for _ in range(70):
-        llm.step()
-    waiting = engine.scheduler_half._saves.waiting
-    engine.scheduler.connector.reset_cache()
-    counts = engine.scheduler_half.take_counts()
-    llm.abort_request(["reset"], internal=False)
-    _idle_step(engine)
-    result["reset"] = {"waiting": waiting, "given_up": counts.get("save_given_up"), "steps": list(steps)}
     engine.close()
     return result
 
@@ -137,8 +126,32 @@ def decoded_fresh(root: Path) -> Any:
     talks = [ids + one["tokens"] for ids, one in zip(MANY, before["outputs"], strict=True)]
     salted = [MANY[0] + before["told"]["stops"], before["again"] + before["told"]["aborted"]]
     found = engine.run(*talks, tokens=4) + engine.run(*salted, tokens=4, salt="again")
-    talks += salted
-    return {"outputs": found, "lengths": [len(talk) for talk in talks], "counts": engine.worker.counts()}
+    result = {"outputs": found, "lengths": [len(talk) for talk in talks + salted], "counts": engine.worker.counts()}
+    return result | {"reset": _reset_while_waiting(engine, prompt(64, seed=61))}
+
+
+def _reset_while_waiting(engine: Engine, ids: list[int]) -> dict[str, Any]:
+    """The pages that wait are of what came before the reset."""
+    from vllm import SamplingParams
+
+    llm, half, saved = engine.llm.llm_engine, engine.scheduler_half, []
+    real = engine.worker._moves.save
+
+    def save(pages: Any, *more: Any) -> Any:
+        saved.append(sum(one.count for one in pages))
+        return real(pages, *more)
+
+    engine.worker._moves.save = save
+    sampling = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    llm.add_request("reset", {"prompt_token_ids": ids}, sampling)
+    for _ in range(70):
+        llm.step()
+    waiting = half._saves.waiting
+    engine.scheduler.connector.reset_cache()
+    counts = half.take_counts()
+    llm.abort_request(["reset"], internal=False)
+    _idle_step(engine)
+    return {"waiting": waiting, "given_up": counts.get("save_given_up"), "steps": saved, "leaked": engine.leaked()}
 
 
 def producer(root: Path) -> Any:

@@ -84,11 +84,13 @@ def test_what_decode_steps_complete_is_saved_together_and_all_of_it(results: dic
     assert found["idle"] > 0, "what waited when the last request ended went with the step that computes nothing"
     assert found["left"] == found["left_again"] == 0
     assert "save_given_up" not in found["counts"]
-    assert found["reset"]["waiting"] == found["reset"]["given_up"] == 2
-    assert found["reset"]["steps"] == [2], "the prompt's pages were saved, before it"
     # Of a conversation everything but its last token is computed.
     assert cached(fresh["outputs"]) == [(length - 1) // 32 * 32 for length in fresh["lengths"]]
     assert found["leaked"] == 0
+    reset = fresh["reset"]
+    assert reset["waiting"] == reset["given_up"] == 2, "what waits when the cache is reset belongs to before"
+    assert reset["steps"] == [2], "the prompt's pages were saved, and that was before it"
+    assert reset["leaked"] == 0
 
 
 def test_a_prefill_engine_stores_and_a_decode_engine_loads(results: dict[str, Any], right: list[list[int]]) -> None:
