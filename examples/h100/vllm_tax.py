@@ -2,9 +2,10 @@
 
     python vllm_tax.py RESULTS [ROLE...]        RESULTS/vllm-tax.json, vllm-tax.txt (on standard output as well), logs
 
-    plain       no connector                            offloading  vLLM's own OffloadingConnector
-    idle        one that does nothing at all            ours        HiCacheConnector
-    reads       ours, which stores nothing
+    plain       no connector                            ours        HiCacheConnector, a tier in memory
+    idle        one that does nothing at all            reads       the same, which stores nothing
+    offloading  vLLM's own OffloadingConnector          through     the same, and behind it files in memory: every page
+                                                                    is copied for these, through the host
 
 All are one model (Llama-3.1-8B's shape, vLLM's dummy weights) on one GPU, each in a process of its own, started side by
 side. One at a time has its turn, round after round, so that whatever drifts drifts for all: prompts that no cache has,
@@ -34,7 +35,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-ROLES = ("plain", "idle", "reads", "ours", "offloading")
+ROLES = ("plain", "idle", "reads", "ours", "through", "offloading")
 TURNS = int(os.environ.get("TURNS", "4"))
 REHEARSAL = os.environ.get("MODEL", "large") == "small"
 TOKENS = 33 if REHEARSAL else 129
@@ -51,17 +52,20 @@ class Engine:
         import vllm_engine as shared
 
         os.environ.update(json.loads(os.environ.get("VARIABLES", "{}")))
+        if not REHEARSAL:  # six of them fit
+            given = json.loads(os.environ.get("ARGUMENTS", "{}"))
+            os.environ["ARGUMENTS"] = json.dumps({"max_model_len": 4096, "kv_cache_memory_bytes": 3 << 30, **given})
         memory = {**shared.MEMORY, "capacity": os.environ.get("HOST", "8GiB")}
-        ours = shared.ours([memory, {**shared.shm(f"tax-{role}", "8GiB"), "promote": "never"}])
+        below = {**shared.shm(f"tax-{role}", "8GiB"), "promote": "never"}
         idle = {"kv_connector": "IdleConnector", "kv_connector_module_path": "vllm_idle", "kv_role": "kv_both"}
         transfer = {
-            "plain": None, "idle": idle, "ours": ours, "reads": {**ours, "kv_role": "kv_consumer"},
-            "offloading": shared.OFFLOADING,
+            "plain": None, "idle": idle, "reads": {**shared.ours([memory]), "kv_role": "kv_consumer"},
+            "ours": shared.ours([memory]), "through": shared.ours([memory, below]), "offloading": shared.OFFLOADING,
         }[role]  # fmt: skip
-        self.large, self.ours = not REHEARSAL, role == "ours"
-        name = "ours" if role in ("ours", "reads") else role
+        self.saves = role in ("ours", "through")
         self.shared, self.role = shared, role
-        self.engine = shared.Engine(work / os.environ.get("MODEL", "large"), name, transfer, self.large)
+        name = "ours" if self.saves or role == "reads" else role
+        self.engine = shared.Engine(work / os.environ.get("MODEL", "large"), name, transfer, not REHEARSAL)
         for tokens in (300, 1000, 64):
             self.steps(1, f"warm {tokens}", tokens, 20)
         self.steps(16, "warm", 64, 20)
@@ -73,7 +77,7 @@ class Engine:
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         engine = self.engine.engine
         for i in range(sequences):
-            ids = self.shared.prompt(f"{self.role} {name} {i}", length, 128256 if self.large else 32000)
+            ids = self.shared.prompt(f"{self.role} {name} {i}", length, 32000 if REHEARSAL else 128256)
             engine.add_request(f"{name} {i}", {"prompt_token_ids": ids}, sampling)
         at = []
         while engine.has_unfinished_requests():
@@ -97,7 +101,7 @@ class Engine:
 
     def settle(self) -> None:
         """Until nothing is on its way of what came before."""
-        if self.ours:
+        if self.saves:
             self.engine.settle()
         else:
             time.sleep(0.3)
