@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 
 import numpy as np
 
@@ -70,10 +71,23 @@ class Behind:
 
     def take(self, batch: PageBatch) -> PageBatch | None:
         """Memory within this writer's credits for pages that somebody will `send`; None beyond them."""
-        copy = self._budget.take(batch)
+        copy = self.room(batch)
         if copy is None:
             self.tier.count("behind_full", len(batch))
         return copy
+
+    def room(self, batch: PageBatch) -> PageBatch | None:
+        """As take, for who asks again later: nothing is refused yet, so nothing is counted."""
+        return self._budget.take(batch)
+
+    def clear(self, namespaces: Collection[bytes]) -> None:
+        """Pages of these namespaces, by digest, are about to be forgotten: none that waits goes there afterwards."""
+        self._sent.clear(namespaces)
+        with self._cond:
+            dropped = [item for item in self._queue if item[0].namespace.digest in namespaces]
+            self._queue = deque(item for item in self._queue if item[0].namespace.digest not in namespaces)
+        for batch, _ in dropped:
+            self._budget.give(batch)
 
     def forget(self, namespace: bytes, key: bytes) -> None:
         """The tier does not have this page after all."""

@@ -15,8 +15,9 @@ import numpy as np
 
 from hicache_ext.page import Namespace
 from hicache_ext.store.behind import Behind
+from hicache_ext.store.copies import without_memory
 from hicache_ext.store.tier import Tier
-from storage_backends.base import Completion, KeyBatch, Outcome, PageBatch
+from storage_backends.base import Completion, KeyBatch, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,7 @@ class Demotion:
         if not new:
             return False
         wanted = asked.only(new)
-        lengths = np.tile(np.array(space.layout.buffer_lengths, np.uint64), len(wanted))
-        offsets = np.arange(len(wanted) + 1, dtype=np.int64) * len(space.layout.buffer_lengths)
-        empty = PageBatch(space, wanted.keys, None, np.zeros_like(lengths), lengths, offsets, used=False)
-        batch = self._below.take(empty)
+        batch = self._below.take(without_memory(wanted))
         if batch is None:
             return False
 

@@ -9,11 +9,13 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
 
+from hicache_ext.page import NAMESPACE_BYTES
 from hicache_ext.store.health import Health
 from storage_backends.base import Backend, KeyBatch, Outcome
 
@@ -71,6 +73,12 @@ class Recent:
         if self._met:
             with self._lock:
                 self._met.pop(namespace + key, None)
+
+    def clear(self, namespaces: Collection[bytes]) -> None:
+        """Forget all pairs of these namespaces."""
+        with self._lock:
+            for name in [name for name in self._met if name[:NAMESPACE_BYTES] in namespaces]:
+                del self._met[name]
 
     def has(self, namespace: bytes, key: bytes) -> bool:
         with self._lock:

@@ -7,8 +7,8 @@ A step's pages are copied once the device has computed them, and the forward doe
 give their blocks to somebody else, and tells which ones before a step writes into them (`make_way`): what has not been
 copied by then is not stored, and a part that is being copied at that moment is waited for, which takes a millisecond.
 
-Where the tiers take pages from the device, the slots lie there, and blocks are free again after a copy within it. Where
-further tiers want copies as well, the store makes them in host memory, and pages go through that.
+Where the first tier takes pages from the device, the slots lie there, and blocks are free again after a copy within it.
+Further tiers get their copies from that tier, in the background.
 """
 
 from __future__ import annotations
