@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -42,7 +43,8 @@ class ReadBack:
         self._above, self._below, self.tier, self._most = above, below, below.tier, most_pages
         self._queue: deque[PageBatch] = deque()
         self._pages = 0  # in the queue
-        self._moving: PageBatch | None = None  # taken out of it and not handed on yet
+        self._moving: PageBatch | None = None  # taken out of it, not handed on yet, and still wanted
+        self._busy = False  # with what was taken out of it, wanted or not
         self._cond = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -75,7 +77,7 @@ class ReadBack:
     def idle(self) -> bool:
         """Whether nothing waits here and nothing is being read. What was handed on before is the tier below's."""
         with self._cond:
-            return not self._queue and self._moving is None
+            return not self._queue and not self._busy
 
     def stats(self) -> dict[str, int]:
         return {"read_back_waiting": self._pages}
@@ -100,6 +102,7 @@ class ReadBack:
                 if self._closed:
                     return
                 part = self._moving = self._next()
+                self._busy = True
             since = time.monotonic()
             try:
                 self._move(part)
@@ -108,7 +111,7 @@ class ReadBack:
                 logger.exception("tier %s: pages could not be read back for the next one", self._above.name)
                 self._count("read_back_late", len(part))
             with self._cond:
-                self._moving = None
+                self._moving, self._busy = None, False
                 rest = max(_REST_SECONDS, time.monotonic() - since)
                 self._cond.wait_for(lambda: self._closed, min(rest, _LOOK_SECONDS))
 
@@ -136,12 +139,10 @@ class ReadBack:
         except BaseException:
             self._below.send(copy, [])
             raise
-        read.on_done(lambda done: self._arrived(part, copy, done))
-        while not read.wait(_LOOK_SECONDS) and not self._closed:
-            pass
-        # The callback may be still to come: nothing else is read before it came, so that pages keep their order.
-        with self._cond:
-            self._cond.wait_for(lambda: self._moving is not part or self._closed)
+        ended = threading.Event()
+        read.on_done(partial(self._arrived, part, copy, ended))
+        while not ended.wait(_LOOK_SECONDS) and not self._closed:
+            pass  # nothing else is read before these were handed on, so that pages keep their order
 
     def _room(self, part: PageBatch, wanted: PageBatch) -> PageBatch | None:
         """Memory for these pages, as soon as there is some; None where they are not wanted any more, counted."""
@@ -160,19 +161,20 @@ class ReadBack:
                 if self._moving is not part:
                     return None
 
-    def _arrived(self, part: PageBatch, copy: PageBatch, done: Completion) -> None:
-        with self._cond:
-            # Handed on with the lock: what is cleared or closed after this finds it below.
-            wanted = self._moving is part
-            good = [page for page, outcome in enumerate(done.outcomes) if outcome == Outcome.HIT] if wanted else []
-            self._below.send(copy, good)
+    def _arrived(self, part: PageBatch, copy: PageBatch, ended: threading.Event, done: Completion) -> None:
+        try:
+            with self._cond:
+                # Handed on with the lock: what is cleared or closed after this finds it below.
+                wanted = self._moving is part
+                good = [page for page, outcome in enumerate(done.outcomes) if outcome == Outcome.HIT] if wanted else []
+                self._below.send(copy, good)
+                if wanted:
+                    self._moving = None
             if wanted:
-                self._moving = None
-                self._cond.notify_all()
-        if wanted:
-            self._count("read_back", len(good))
-            if len(good) < len(copy):
+                self._count("read_back", len(good))
                 self._count("read_back_late", len(copy) - len(good))
+        finally:
+            ended.set()
 
     def _count(self, name: str, number: int) -> None:
         if number:
