@@ -44,7 +44,7 @@ class Linked:
     """A linker's loads and offloads, between a pool on the device and tiers."""
 
     def __init__(self, tiers: list[Tier]) -> None:
-        torch.cuda.Stream = lambda device=None: SimpleNamespace(cuda_stream=0x200, synchronize=lambda: None)
+        torch.cuda.Stream = lambda device=None, priority=0: SimpleNamespace(cuda_stream=0x200, synchronize=lambda: None)
         planes, at = [], 0
         for layer in range(LAYERS):
             for _ in range(2):

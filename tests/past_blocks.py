@@ -47,7 +47,7 @@ class Happened:
 
 @contextmanager
 def opened(layout: str, page: int | None = None, device_bytes: int = DEVICE_BYTES, **more: Any) -> Iterator[Case]:
-    torch.cuda.Stream = lambda device=None: SimpleNamespace(cuda_stream=0x200, synchronize=lambda: None)
+    torch.cuda.Stream = lambda device=None, priority=0: SimpleNamespace(cuda_stream=0x200, synchronize=lambda: None)
     torch.cuda.mem_get_info = lambda device: (FREE_BYTES, 1 << 40)
     more.setdefault("mark", Happened)
     with rig.opened(layout, "cpu", page, wrap=OnGpu, device_bytes=device_bytes, **more) as case:

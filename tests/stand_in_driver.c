@@ -218,6 +218,7 @@ int cuPointerGetAttribute(void* value, int attribute, uint64_t address) {
     return INVALID;
 }
 int cuStreamCreate(void** stream, unsigned flags) { return *stream = (void*)0x100, OK; }
+int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) { return *stream = (void*)0x100, OK; }
 int cuStreamDestroy_v2(void* stream) { return OK; }
 int cuStreamWaitEvent(void* stream, void* event, unsigned flags) { return OK; }
 int cuStreamSynchronize(void* stream) { return stand_in_stream_error ? 700 : OK; }

@@ -48,6 +48,7 @@ const char* resolve(void* library, Api& a) {
     need("cuMemcpy2DAsync_v2", a.copy_2d_async);
     need("cuPointerGetAttribute", a.pointer_attribute);
     need("cuStreamCreate", a.stream_create);
+    need("cuStreamCreateWithPriority", a.stream_create_with_priority);
     need("cuStreamDestroy_v2", a.stream_destroy);
     need("cuStreamWaitEvent", a.stream_wait);
     need("cuStreamSynchronize", a.stream_synchronize);

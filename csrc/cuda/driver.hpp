@@ -28,6 +28,8 @@ inline constexpr Result kNotReady = 600;
 inline constexpr unsigned kEventWithoutTiming = 2;
 inline constexpr unsigned kEventSleeping = 1;  // who waits for it sleeps
 inline constexpr unsigned kStreamNonBlocking = 1;
+// A kernel's blocks come before those of other streams as soon as a multiprocessor has room. Copies have no priority.
+inline constexpr int kBeforeOthers = -1;
 inline constexpr int kMemoryHost = 1;
 inline constexpr int kMemoryDevice = 2;
 inline constexpr int kMemoryUnified = 4;
@@ -93,6 +95,7 @@ struct Api {
     Result (*copy_2d_async)(const Copy2d*, Stream);
     Result (*pointer_attribute)(void*, int, Address);
     Result (*stream_create)(Stream*, unsigned);
+    Result (*stream_create_with_priority)(Stream*, unsigned, int);
     Result (*stream_destroy)(Stream);
     Result (*stream_wait)(Stream, Event, unsigned);
     Result (*stream_synchronize)(Stream);

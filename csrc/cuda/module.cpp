@@ -202,7 +202,7 @@ NB_MODULE(_cuda, m) {
                  std::vector<hicache::memory::Piece> pieces(count);
                  for (std::size_t i = 0; i < count; ++i) pieces[i] = {to.data()[i], from.data()[i], bytes.data()[i]};
                  nb::gil_scoped_release release;
-                 lane.move(pieces.data(), count, {addresses.data(), lengths.data(), crcs.data(), chunks});
+                 lane.move(pieces.data(), count, {addresses.data(), lengths.data(), crcs.data(), chunks, false});
              },
              nb::arg("to"), nb::arg("from_"), nb::arg("bytes"), nb::arg("addresses"), nb::arg("lengths"),
              nb::arg("crcs").noconvert());

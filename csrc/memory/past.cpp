@@ -52,9 +52,10 @@ class Work {
         }
     }
 
-    std::string move(const Mover& mover) {
+    /// written: to the region.
+    std::string move(const Mover& mover, bool written) {
         crcs_.assign(addresses_.size(), 0);
-        const Chunks chunks{addresses_.data(), lengths_.data(), crcs_.data(), addresses_.size()};
+        const Chunks chunks{addresses_.data(), lengths_.data(), crcs_.data(), addresses_.size(), written};
         char why[256] = {};
         if (mover.move(mover.self, pieces_.data(), pieces_.size(), &chunks, why, sizeof why) == 0) return {};
         return why[0] != 0 ? why : "no reason given";
@@ -104,7 +105,7 @@ std::string Region::read_by(const Mover& mover, const io::SlotShape& shape, std:
         }
     }
     if (located.empty()) return {};
-    if (std::string why = work.move(mover); !why.empty()) return why;
+    if (std::string why = work.move(mover, false); !why.empty()) return why;
     for (std::size_t page = 0; page < located.size(); ++page) {
         const bool same = std::equal(work.crcs(page), work.crcs(page) + of_page, wanted.data() + page * of_page);
         verdicts[located[page].number] = judge(located[page].found, same, used);
@@ -168,7 +169,7 @@ std::string Region::write_by(const Mover& mover, const io::SlotShape& shape, std
             }
         }
         if (prepared.pages.empty()) break;
-        if (std::string why = work.move(mover); !why.empty()) return why;
+        if (std::string why = work.move(mover, true); !why.empty()) return why;
         for (std::size_t page = 0; page < prepared.pages.size(); ++page) {
             const auto [number, place] = prepared.pages[page];
             std::memcpy(sealed.data(), headers + number * shape.header_bytes, shape.header_bytes);

@@ -114,6 +114,12 @@ struct Device {
     static int move(void* self, const Piece* pieces, std::size_t count, const Chunks* chunks, char* why, std::size_t room) {
         auto& device = *static_cast<Device*>(self);
         device.pieces += count;
+        const auto check = [&] {
+            for (std::size_t i = 0; i < chunks->count; ++i)
+                chunks->crcs[i] = hicache::checksum::active().function(
+                    reinterpret_cast<const std::uint8_t*>(chunks->addresses[i]), chunks->lengths[i], 0);
+        };
+        if (chunks->source) check();
         for (std::size_t i = 0; i < count; ++i) {
             read_slot(reinterpret_cast<void*>(pieces[i].to), reinterpret_cast<const std::uint8_t*>(pieces[i].from),
                       pieces[i].bytes / 2);
@@ -122,9 +128,7 @@ struct Device {
             read_slot(reinterpret_cast<void*>(pieces[i].to + half),
                       reinterpret_cast<const std::uint8_t*>(pieces[i].from + half), pieces[i].bytes - half);
         }
-        for (std::size_t i = 0; i < chunks->count; ++i)
-            chunks->crcs[i] = hicache::checksum::active().function(
-                reinterpret_cast<const std::uint8_t*>(chunks->addresses[i]), chunks->lengths[i], 0);
+        if (!chunks->source) check();
         if (device.after) device.after();
         std::snprintf(why, room, "%s", device.fails.c_str());
         return device.fails.empty() ? 0 : 1;

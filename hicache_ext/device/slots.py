@@ -53,12 +53,14 @@ class PageSlots:
         """Pages that are moved at once; two parts always have room."""
         return max(1, min(PART_BYTES // self.stride, self.slots // 2))
 
-    def take(self, count: int, timeout: float = 0.0) -> list[int] | None:
-        """So many slots; None when they did not become free within `timeout` seconds."""
+    def take(self, count: int, timeout: float = 0.0, most: int = 0) -> list[int] | None:
+        """So many slots, or up to `most` where more are free; None when `count` did not become free within `timeout`
+        seconds."""
         until = time.monotonic() + timeout
         with self._cond:
             if not self._cond.wait_for(lambda: len(self._free) >= count, max(0.0, until - time.monotonic())):
                 return None
+            count = max(count, min(most, len(self._free)))
             taken = self._free[-count:]
             del self._free[-count:]
             return taken

@@ -8,7 +8,8 @@ give their blocks to somebody else, and tells which ones before a step writes in
 copied by then is not stored, and a part that is being copied at that moment is waited for, which takes a millisecond.
 
 Where the first tier takes pages from the device, the slots lie there, and blocks are free again after a copy within it.
-Further tiers get their copies from that tier, in the background.
+Such a copy is short, but it may have to wait for a kernel of the forward: so one copy fills up to half of all slots,
+whose parts are stored while the next waits. Further tiers get their copies from that tier, in the background.
 """
 
 from __future__ import annotations
@@ -156,10 +157,11 @@ class DeviceSaves:
         while save.first < len(save):
             side = self._sides.for_write(self._store)
             staging = side.staging[str(save.group)]
-            rows = slice(save.first, min(save.first + staging.part, len(save)))
-            taken = self._take(save, staging, rows.stop - rows.start)
+            left, step = len(save) - save.first, staging.part
+            taken = self._take(save, staging, min(step, left), left if side is self._sides.device else 0)
             if taken is None:
                 return
+            rows = slice(save.first, save.first + len(taken))
             try:
                 if not self._copy(save, rows, side, taken):
                     staging.give(taken)
@@ -167,14 +169,16 @@ class DeviceSaves:
             except BaseException:
                 staging.give(taken)
                 raise
-            self._send(save, rows, staging, taken)
+            for at in range(0, len(taken), step):
+                part = taken[at : at + step]
+                self._send(save, slice(rows.start + at, rows.start + at + len(part)), staging, part)
             if side is self._sides.device:
                 self._count("save_past_host", len(taken))
 
-    def _take(self, save: _Save, staging: PageSlots, count: int) -> list[int] | None:
+    def _take(self, save: _Save, staging: PageSlots, count: int, most: int) -> list[int] | None:
         until = time.monotonic() + _SLOT_SECONDS
         while not save.dropped and not self._closing and time.monotonic() < until:
-            if (taken := staging.take(count, _LOOK_SECONDS)) is not None:
+            if (taken := staging.take(count, _LOOK_SECONDS, most)) is not None:
                 return taken
         return None
 

@@ -32,7 +32,7 @@ HEAD = """
         return ctypes.c_long.in_dll(driver, "stand_in_copies").value
     import numpy as np, torch
     from types import SimpleNamespace
-    torch.cuda.Stream = lambda device=None: SimpleNamespace(cuda_stream=0x200, synchronize=lambda: None)
+    torch.cuda.Stream = lambda device=None, priority=0: SimpleNamespace(cuda_stream=0x200, synchronize=lambda: None)
     from hicache_ext.cuda import CopyError, CudaUnavailable
     from hicache_ext.page import PageLayout
     from hicache_ext.device import copies as device_copies
