@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hicache_ext.device import slots
 from storage_backends.base import Completion, Outcome
 from tests import device_blocks as rig
 from tests.device_blocks import BLOCKS, TOKENS, Case
@@ -199,10 +200,33 @@ def staging_that_is_refused(reached: Reached) -> None:
         cases.there_and_back(case)
         assert past(case) == (0, 0, 0)
     with logged() as said, opened("0.25 NHD", device_bytes=FREE_BYTES // 2, tiers=reached.tiers()) as case:
-        assert case.moves.copies == "block copies, pinned host memory"
-        assert "is more than a quarter of the 1073741824 bytes that vLLM left" in said()
+        assert case.moves.copies.startswith("block copies, slots on it")
+        assert said().count("is more than a quarter of the 1073741824 bytes that vLLM left") == 1
+        assert "268435456 are taken" in said()
     with opened("0.25 NHD", device_bytes=0, tiers=reached.tiers()) as case:
         assert case.moves.copies == "block copies, pinned host memory"
+
+
+def one_copy_fills_half_of_the_slots(reached: Reached) -> None:
+    """What is stored goes on in parts."""
+    with opened("0.25 NHD", tiers=reached.tiers()) as case:
+        side = case.moves._saves._sides.device
+        assert side is not None
+        staging, copied, sent = side.staging["0"], list[int](), list[int]()
+        half, whole = staging.slots // 2, slots.PART_BYTES
+        store, write = side.copies.store, case.store.write
+        side.copies.store = lambda part: (copied.append(len(part.slots)), store(part))  # type: ignore[method-assign, assignment]
+        case.store.write = lambda batch: (sent.append(len(batch)), write(batch))[1]  # type: ignore[method-assign, union-attr]
+        slots.PART_BYTES = staging.stride
+        try:
+            cases.there_and_back(case)
+        finally:
+            slots.PART_BYTES = whole
+        assert sent == [1] * 8
+        assert max(copied) == min(half, 8) > 1
+        assert sum(copied) == 8
+        assert past(case)[0] == 8
+        assert not case.moves.lent
 
 
 def blocks_that_somebody_else_gets(reached: Reached) -> None:
@@ -262,6 +286,7 @@ CASES: dict[str, Callable[[Reached], None]] = {
     for case in (
         pages_go_past_the_host, spoilt_pages_are_load_errors_of_their_blocks,
         what_is_not_there_any_more_comes_through_the_host, a_route_that_goes_out, staging_that_is_refused,
+        one_copy_fills_half_of_the_slots,
         blocks_that_somebody_else_gets, a_tier_that_is_late_keeps_its_slots,
     )
 }  # fmt: skip

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import groupby
 from typing import Any
 
-from hicache_ext.cuda import CudaUnavailable
 from hicache_ext.device.copies import BlockCopies, choose
 from hicache_ext.device.sides import Side, Sides, on_device
 from hicache_ext.device.slots import PageSlots
@@ -67,14 +67,19 @@ class DeviceMoves:
         for slots in every:
             store.register_memory(slots.address, slots.size)
 
-        def past() -> Side:
-            ordinal, each = device.index or 0, device_bytes // 2 // len(blocks)
+        @cache
+        def room() -> int:
             free = _free(device)  # vLLM captures its CUDA graphs after this, and does not start without room for them
             if device_bytes > free // 4:
-                raise CudaUnavailable(
-                    f"device_staging_bytes = {device_bytes} is more than a quarter of the {free} bytes that vLLM left "
-                    "free, which its CUDA graphs may need. Fix: lower it, or --gpu-memory-utilization"
-                )
+                logger.warning(
+                    "hicache_ext: device_staging_bytes = %s is more than a quarter of the %s bytes that vLLM left "
+                    "free, which its CUDA graphs may need: %s are taken. For more, lower --gpu-memory-utilization",
+                    device_bytes, free, free // 4,
+                )  # fmt: skip
+            return min(device_bytes, free // 4)
+
+        def past() -> Side:
+            ordinal, each = device.index or 0, room() // 2 // len(blocks)
             staging: dict[str, PageSlots] = {
                 name: one.device_staging(layouts[name], each, ordinal) for name, one in named.items()
             }

@@ -158,7 +158,8 @@ class DeviceSaves:
             side = self._sides.for_write(self._store)
             staging = side.staging[str(save.group)]
             left, step = len(save) - save.first, staging.part
-            taken = self._take(save, staging, min(step, left), left if side is self._sides.device else 0)
+            most = max(step, staging.slots // 2) if side is self._sides.device else step
+            taken = self._take(save, staging, min(step, left), min(most, left))
             if taken is None:
                 return
             rows = slice(save.first, save.first + len(taken))

@@ -25,8 +25,8 @@ class Options(BaseModel):
     as nobody else needs their blocks).
     load_bytes: on a GPU, pinned memory for pages on their way to their blocks.
     device_staging_bytes: on a GPU, its own memory for pages, half for loads and half for saves, taken where a tier
-    reaches that. Little, since vLLM has sized its blocks already and its CUDA graphs come later: four parts of 32 MiB
-    each way keep the bus busy. 0: none, pages go by host memory.
+    reaches that; at most a quarter of what is free, since vLLM has sized its blocks already and its CUDA graphs come
+    later. Four parts of 32 MiB keep the bus busy, and four more are filled meanwhile. 0: none, pages go by host memory.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,7 +35,7 @@ class Options(BaseModel):
     lookup_timeout: float = Field(default=1.0, gt=0)
     save_bytes: ByteSize = Field(default=ByteSize(256 << 20), ge=1 << 20)
     load_bytes: ByteSize = Field(default=ByteSize(256 << 20), ge=1 << 20)
-    device_staging_bytes: ByteSize = Field(default=ByteSize(256 << 20), ge=0)
+    device_staging_bytes: ByteSize = Field(default=ByteSize(512 << 20), ge=0)
 
 
 @dataclass(frozen=True)
