@@ -24,13 +24,6 @@ std::chrono::steady_clock::time_point after(double seconds) {
            std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(seconds));
 }
 
-std::uint64_t bytes_of(const Batch& batch, std::size_t number) {
-    const Page& page = batch.pages[number];
-    std::uint64_t bytes = 1;
-    for (std::uint32_t i = page.first; i < page.first + page.count; ++i) bytes += batch.buffers[i].iov_len;
-    return bytes;
-}
-
 }  // namespace
 
 Shared::Shared(const Options& given) : options(given) {}
@@ -68,7 +61,6 @@ Shared::Work Shared::take(Ring& ring, std::size_t room, std::deque<Batch::Item>&
         // Writes are checksummed one by one before they leave: what one ring takes, the other cannot help with.
         const bool seals = first.batch->slots && first.batch->pages[first.next].write;
         std::size_t share = seals ? 2 : std::max<std::size_t>(4, (queued_pages_ + rings.size() - 1) / rings.size());
-        share = std::min(share, std::max<std::size_t>(1, kFlyingBytes / bytes_of(*first.batch, first.next)));
         for (share = std::min(share, room); share != 0 && !queue_.empty(); --share) {
             Queued& from = queue_.front();
             out.push_back({from.batch, from.next++});

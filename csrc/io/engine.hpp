@@ -30,7 +30,7 @@ struct Unavailable : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-/// depth: pages in flight per ring, of large ones fewer (kFlyingBytes).
+/// depth: pages in flight per ring.
 struct Options {
     unsigned threads = 1;
     unsigned depth = 32;

@@ -91,15 +91,15 @@ void Ring::run() {
         syscall(__NR_io_uring_register, ring_.ring_fd, IORING_REGISTER_ENABLE_RINGS, nullptr, 0);
     bool idle = false;
     for (;;) {
-        const std::size_t wanted = waiting_.empty() && room() ? free_.size() : 0;
+        const std::size_t room = waiting_.empty() ? free_.size() : 0;
         const std::size_t had = waiting_.size();
-        Shared::Work work = shared_.take(*this, wanted, waiting_, idle);
+        Shared::Work work = shared_.take(*this, room, waiting_, idle);
         for (auto& control : work.controls) control(*this);
         if (work.stop && !closing_) cancel_all();
         const bool flying = free_.size() < flights_.size();
         if (work.stop && !flying && waiting_.empty() && landed_.empty()) return;
         if (idle && waiting_.size() == had && work.controls.empty()) sleep();
-        while (!waiting_.empty() && room()) {
+        while (!waiting_.empty() && !free_.empty()) {
             const Batch::Item item = std::move(waiting_.front());
             waiting_.pop_front();
             const bool seals = item->write && item.batch->slots;
@@ -113,7 +113,7 @@ void Ring::run() {
             landed_.pop_front();
             judge(landed);
         }
-        idle = landed_.empty() && (waiting_.empty() || !room());
+        idle = landed_.empty() && (waiting_.empty() || free_.empty());
     }
 }
 
@@ -150,7 +150,6 @@ void Ring::begin(const Batch::Item& item) {
     cut(page, flight);
     if (flight.pieces == 0) return finish(item, 0, Verdict::kUnchecked);
     free_.pop_back();
-    flying_bytes_ += flight.bytes;
     flight.file = registered_file(page);
     flight.open = flight.pieces;
     for (unsigned i = 0; i < flight.pieces; ++i) prepare(number, i);
@@ -159,7 +158,6 @@ void Ring::begin(const Batch::Item& item) {
 void Ring::cut(const Page& page, Flight& flight) {
     const iovec* buffers = flight.item.batch->buffers.data();
     flight.pieces = 0;
-    flight.bytes = 0;
     std::uint64_t offset = page.offset;
     for (std::uint32_t i = page.first; i < page.first + page.count; ++i) {
         const std::uint64_t length = buffers[i].iov_len;
@@ -177,7 +175,6 @@ void Ring::cut(const Page& page, Flight& flight) {
         }
         last->count = i + 1 - last->first;
         last->length += length;
-        flight.bytes += length;
         offset += length;
     }
 }
@@ -323,7 +320,6 @@ void Ring::completed(unsigned number, unsigned index, int result) {
     // The place is free for the next page before this one is judged.
     Batch::Item item = std::move(flight.item);
     free_.push_back(number);
-    flying_bytes_ -= flight.bytes;
     if (moved < 0 || item->write || !item.batch->slots)
         finish(item, moved, Verdict::kUnchecked);
     else

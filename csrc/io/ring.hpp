@@ -16,10 +16,6 @@
 
 namespace hicache::io {
 
-/// Of a ring, bytes that are under way before it begins no more. A disk that is given a whole prompt at once ends all of
-/// its pages at about the same time, and their checksums are left for afterwards; so much keeps an array busy.
-inline constexpr std::uint64_t kFlyingBytes = 64 << 20;
-
 class Ring {
 public:
     /// Throws Unavailable.
@@ -64,7 +60,6 @@ private:
 
     struct Flight {
         Batch::Item item;
-        std::uint64_t bytes = 0;
         unsigned pieces = 0;
         unsigned open = 0;
         int file = -1;  // index of the registered file, or -1
@@ -83,8 +78,6 @@ private:
     };
 
     void setup();
-    /// Whether one more page may leave.
-    bool room() const noexcept { return !free_.empty() && flying_bytes_ < kFlyingBytes; }
     void begin(const Batch::Item& item);
     void cut(const Page& page, Flight& flight);
     void prepare(unsigned flight, unsigned piece);
@@ -112,7 +105,6 @@ private:
     std::deque<Batch::Item> waiting_;
     std::vector<Flight> flights_;
     std::vector<unsigned> free_;
-    std::uint64_t flying_bytes_ = 0;
     std::deque<Landed> landed_;
     std::vector<const std::uint8_t*> payload_;
 

@@ -560,24 +560,3 @@ def test_the_interpreter_ends_with_an_engine_open_and_busy(tmp_path: Path) -> No
         capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "")
-
-
-def test_transfers_larger_than_what_a_ring_lets_fly(engine: NativeEngine, tmp_path: Path) -> None:
-    """They go one at a time, and small ones between them are not forgotten."""
-    large, count = 80 << 20, 6
-    memory, ended = OwnedMemory(large), Ends()
-    with (tmp_path / "sparse").open("wb+") as file:
-        file.truncate(large)
-        sizes = [large if i % 5 == 0 else 4096 for i in range(5 * count)]
-        engine.submit(
-            [
-                Transfer(
-                    file.fileno(), 0, np.array([[memory.address, size]], np.uint64), False,
-                    partial(lambda i, moved: ended((i,), (moved,), bytes(1)), i),
-                )
-                for i, size in enumerate(sizes)
-            ]
-        )  # fmt: skip
-        ended.wait(len(sizes))
-    assert [ended.moved[i] for i in range(len(sizes))] == sizes
-    memory.close()
