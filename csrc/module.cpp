@@ -15,6 +15,7 @@
 #include "checksum/crc32c.hpp"
 #include "index/module.hpp"
 #include "memory/module.hpp"
+#include "released.hpp"
 #include "scan/module.hpp"
 #include "slots/module.hpp"
 
@@ -22,6 +23,7 @@ namespace nb = nanobind;
 
 namespace {
 
+using hicache::Released;
 using hicache::checksum::Crc32cFn;
 
 using U64In = nb::ndarray<const std::uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -30,14 +32,14 @@ using U32Out = nb::ndarray<std::uint32_t, nb::ndim<1>, nb::c_contig, nb::device:
 const std::uint8_t* at(std::uint64_t address) { return reinterpret_cast<const std::uint8_t*>(address); }
 
 std::uint32_t crc32c(std::uint64_t address, std::uint64_t length, std::uint32_t seed) {
-    nb::gil_scoped_release release;
+    Released release;
     return hicache::checksum::active().function(at(address), length, seed);
 }
 
 std::uint32_t crc32c_with(const std::string& name, std::uint64_t address, std::uint64_t length, std::uint32_t seed) {
     for (const auto& candidate : hicache::checksum::implementations())
         if (name == candidate.name) {
-            nb::gil_scoped_release release;
+            Released release;
             return candidate.function(at(address), length, seed);
         }
     throw std::invalid_argument("no such CRC32C implementation on this CPU: " + name);
@@ -60,7 +62,7 @@ std::size_t crc32c_chunks(const U64In& addresses, const U64In& lengths, std::uin
         room -= needed;
     }
 
-    nb::gil_scoped_release release;
+    Released release;
     const Crc32cFn function = hicache::checksum::active().function;
     std::size_t written = 0;
     for (std::size_t i = 0; i < buffers; ++i) {
@@ -82,7 +84,7 @@ void memcpy_many(const U64In& destinations, const U64In& sources, const U64In& l
     const std::uint64_t* destination = destinations.data();
     const std::uint64_t* source = sources.data();
     const std::uint64_t* length = lengths.data();
-    nb::gil_scoped_release release;
+    Released release;
     for (std::size_t i = 0; i < count; ++i)
         std::memcpy(reinterpret_cast<void*>(destination[i]), at(source[i]), length[i]);
 }

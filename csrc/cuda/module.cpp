@@ -16,12 +16,14 @@
 #include "fatbin.hpp"
 #include "gds/module.hpp"
 #include "lane.hpp"
+#include "released.hpp"
 #include "route.hpp"
 
 namespace nb = nanobind;
 
 namespace {
 
+using hicache::Released;
 using namespace hicache::cuda;
 
 using U64In = nb::ndarray<const std::uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -82,7 +84,7 @@ struct PyRoute {
         if (way == 2 && stage == nullptr) throw std::invalid_argument("this way needs a stage");
         if (at_a.empty()) return;
         const Route::Pages all{to_b, 0, route.blocks().a.planes.size(), at_a.data(), at_b.data(), at_a.size()};
-        nb::gil_scoped_release release;
+        Released release;
         try {
             go(way, all, stream_of(handle), blocks, batch, stage.get());
         } catch (const Failed&) {
@@ -99,7 +101,7 @@ struct PyRoute {
             throw std::invalid_argument("there must be an event for each layer");
         const auto at_a = offsets(a_range, a, a.shape(0)), at_b = offsets(b_range, b, a.shape(0));
         Route::Pages all{to_b, 0, planes_of_layer, at_a.data(), at_b.data(), at_a.size()};
-        nb::gil_scoped_release release;
+        Released release;
         const Stream stream = stream_of(handle);
         try {
             events->reset();
@@ -147,12 +149,12 @@ NB_MODULE(_cuda, m) {
         .def("make_current", &Device::make_current,
              "Its context is current in this thread from now on, for calls of others that go by that.")
         .def("memory_kind", &Device::memory_kind, nb::arg("address"), nb::arg("length"),
-             nb::call_guard<nb::gil_scoped_release>())
+             nb::call_guard<Released>())
         .def("copy",
              [](Device& d, std::uint64_t to, std::uint64_t from, std::size_t bytes) {
                  d.copy(to, from, bytes, "copying");
              },
-             nb::arg("to"), nb::arg("from_"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>(),
+             nb::arg("to"), nb::arg("from_"), nb::arg("bytes"), nb::call_guard<Released>(),
              "Between any two kinds of memory; waits until it is there.")
         .def("capturing",
              [](const Device& d, std::uint64_t stream) {
@@ -167,24 +169,24 @@ NB_MODULE(_cuda, m) {
                  if (lengths.shape(0) != count || out.shape(0) != count)
                      throw std::invalid_argument("addresses, lengths and out differ in size");
                  if (count >= std::size_t{1} << 31 || blocks == 0) throw std::invalid_argument("too many chunks");
-                 nb::gil_scoped_release release;
+                 Released release;
                  d.crc32c(addresses.data(), lengths.data(), count, out.data(), stream_of(stream), blocks);
              },
              nb::arg("addresses"), nb::arg("lengths"), nb::arg("out").noconvert(), nb::arg("stream"),
              nb::arg("blocks"));
     m.def("open", [](int ordinal) { return std::make_shared<Device>(ordinal); }, nb::arg("ordinal"),
-          nb::call_guard<nb::gil_scoped_release>());
+          nb::call_guard<Released>());
 
     m.def("current_ordinal", &current_ordinal, "Of the device whose context is current in this thread; -1: none is.");
 
     nb::class_<DeviceMemory>(m, "Memory", "Device memory, given back with this. Unavailable when there is too little.")
         .def_ro("address", &DeviceMemory::address);
     m.def("memory", [](std::shared_ptr<Device> d, std::size_t bytes) { return std::make_shared<DeviceMemory>(d, bytes); },
-          nb::arg("device"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>());
+          nb::arg("device"), nb::arg("bytes"), nb::call_guard<Released>());
 
     nb::class_<OwnStream>(m, "Stream", "A stream of our own, which waits for no other.")
         .def_prop_ro("handle", [](const OwnStream& s) { return reinterpret_cast<std::uint64_t>(s.handle); })
-        .def("synchronize", &OwnStream::synchronize, nb::call_guard<nb::gil_scoped_release>());
+        .def("synchronize", &OwnStream::synchronize, nb::call_guard<Released>());
     m.def("stream", [](std::shared_ptr<Device> d) { return std::make_shared<OwnStream>(d); }, nb::arg("device"));
 
     nb::class_<CopyLane>(m, "CopyLane", "Copies between pinned memory and the device's, with checksums of the latter.")
@@ -201,19 +203,19 @@ NB_MODULE(_cuda, m) {
                      throw std::invalid_argument("addresses, lengths and crcs differ in size");
                  std::vector<hicache::memory::Piece> pieces(count);
                  for (std::size_t i = 0; i < count; ++i) pieces[i] = {to.data()[i], from.data()[i], bytes.data()[i]};
-                 nb::gil_scoped_release release;
+                 Released release;
                  lane.move(pieces.data(), count, {addresses.data(), lengths.data(), crcs.data(), chunks, false});
              },
              nb::arg("to"), nb::arg("from_"), nb::arg("bytes"), nb::arg("addresses"), nb::arg("lengths"),
              nb::arg("crcs").noconvert());
     m.def("copy_lane",
           [](std::shared_ptr<Device> d, unsigned blocks) { return std::make_shared<CopyLane>(std::move(d), blocks); },
-          nb::arg("device"), nb::arg("blocks"), nb::call_guard<nb::gil_scoped_release>());
+          nb::arg("device"), nb::arg("blocks"), nb::call_guard<Released>());
 
     nb::class_<Stage>(m, "Stage", "Device memory between a kernel and the copy engines.")
         .def_prop_ro("half_bytes", [](const Stage& s) { return s.half_bytes; });
     m.def("stage", [](std::shared_ptr<Device> d, std::size_t half) { return std::make_shared<Stage>(d, half); },
-          nb::arg("device"), nb::arg("half_bytes"), nb::call_guard<nb::gil_scoped_release>());
+          nb::arg("device"), nb::arg("half_bytes"), nb::call_guard<Released>());
 
     nb::class_<Events>(m, "Events", "Ends of layers, in order.")
         .def("__len__", &Events::size)
@@ -222,7 +224,7 @@ NB_MODULE(_cuda, m) {
              [](const Events& e, std::uint64_t stream, std::size_t layer) { e.wait(stream_of(stream), layer); },
              nb::arg("stream"), nb::arg("layer"))
         .def("done", &Events::done, nb::arg("layer"))
-        .def("synchronize", &Events::synchronize, nb::arg("layer"), nb::call_guard<nb::gil_scoped_release>());
+        .def("synchronize", &Events::synchronize, nb::arg("layer"), nb::call_guard<Released>());
     m.def("events", [](std::shared_ptr<Device> d, std::size_t n) { return std::make_shared<Events>(d, n); },
           nb::arg("device"), nb::arg("count"));
 

@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "gds/lane.hpp"
+#include "released.hpp"
 
 namespace nb = nanobind;
 
@@ -35,14 +36,14 @@ void issue(Lane& lane, int way, bool write, const std::vector<std::shared_ptr<Fi
                           static_cast<off_t>(addresses.data()[i] - bases.data()[i]), lengths.data()[i],
                           static_cast<off_t>(offsets.data()[i])};
     }
-    nb::gil_scoped_release release;
+    Released release;
     lane.issue(static_cast<Way>(way), write, std::move(pieces));
 }
 
 void results(Lane& lane, const I64Out& out) {
     const std::vector<std::int64_t>* found = nullptr;
     {
-        nb::gil_scoped_release release;
+        Released release;
         found = &lane.results();
     }
     if (found->size() != out.shape(0)) throw std::invalid_argument("out is not as long as what was issued");
@@ -62,12 +63,12 @@ void bind(nb::module_& m) {
           [](std::shared_ptr<cuda::Device> device, const std::string& path, bool strict) {
               return std::make_shared<Library>(std::move(device), path, strict);
           },
-          nb::arg("device"), nb::arg("path"), nb::arg("strict"), nb::call_guard<nb::gil_scoped_release>(),
+          nb::arg("device"), nb::arg("path"), nb::arg("strict"), nb::call_guard<Released>(),
           "Loads it and opens its driver. Unavailable: it cannot be had.");
 
     nb::class_<File>(m, "CuFileFile", "An open file that cuFile knows.");
     m.def("cufile_file", [](std::shared_ptr<Library> l, int fd) { return std::make_shared<File>(std::move(l), fd); },
-          nb::arg("library"), nb::arg("fd"), nb::call_guard<nb::gil_scoped_release>());
+          nb::arg("library"), nb::arg("fd"), nb::call_guard<Released>());
 
     nb::class_<Buffer>(m, "CuFileBuffer", "Device memory that cuFile knows.")
         .def_ro("address", &Buffer::address)
@@ -76,7 +77,7 @@ void bind(nb::module_& m) {
           [](std::shared_ptr<Library> l, std::uint64_t address, std::size_t length) {
               return std::make_shared<Buffer>(std::move(l), address, length);
           },
-          nb::arg("library"), nb::arg("address"), nb::arg("length"), nb::call_guard<nb::gil_scoped_release>());
+          nb::arg("library"), nb::arg("address"), nb::arg("length"), nb::call_guard<Released>());
 
     nb::class_<Lane>(m, "CuFileLane", "Moves pieces of files, one caller at a time.")
         .def("issue", &issue, nb::arg("way"), nb::arg("write"), nb::arg("files"), nb::arg("which"), nb::arg("bases"),
@@ -88,12 +89,12 @@ void bind(nb::module_& m) {
                  if (lengths.shape(0) != count || out.shape(0) != count)
                      throw std::invalid_argument("addresses, lengths and out differ in size");
                  if (count >= std::size_t{1} << 31 || blocks == 0) throw std::invalid_argument("too many chunks");
-                 nb::gil_scoped_release release;
+                 Released release;
                  lane.crc32c(addresses.data(), lengths.data(), count, out.data(), blocks);
              },
              nb::arg("addresses"), nb::arg("lengths"), nb::arg("out").noconvert(), nb::arg("blocks"));
     m.def("cufile_lane", [](std::shared_ptr<Library> l) { return std::make_shared<Lane>(std::move(l)); },
-          nb::arg("library"), nb::call_guard<nb::gil_scoped_release>());
+          nb::arg("library"), nb::call_guard<Released>());
 }
 
 }  // namespace hicache::gds

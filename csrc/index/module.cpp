@@ -15,6 +15,7 @@
 #include <string>
 
 #include "index/index.hpp"
+#include "released.hpp"
 
 namespace nb = nanobind;
 
@@ -236,7 +237,7 @@ nb::bytes snapshot_records(const Index& index, const Snapshot& snapshot, std::si
 nb::bytes own_records(const Index& index, std::optional<std::uint32_t> folder) {
     std::string records;
     {
-        nb::gil_scoped_release release;
+        Released release;
         Snapshot own = folder ? index.snapshot(*folder) : index.snapshot();
         own.sort();
         records.resize(own.pages.size() * RECORD_BYTES);
@@ -250,7 +251,7 @@ nb::tuple apply(Index& index, std::uint32_t folder, const nb::bytes& records, bo
     const std::span data(reinterpret_cast<const std::uint8_t*>(records.data()), records.size());
     Applied applied;
     {
-        nb::gil_scoped_release release;
+        Released release;
         applied = apply_log(index, folder, data, at_end);
     }
     return nb::make_tuple(applied.bytes, applied.damaged, applied.extents_gone);
@@ -261,10 +262,10 @@ nb::tuple apply(Index& index, std::uint32_t folder, const nb::bytes& records, bo
 void bind(nb::module_& m) {
     nb::class_<Snapshot>(m, "Snapshot", "The own pages of a folder at one moment; see storage_backends.local.index.")
         .def("__len__", [](const Snapshot& snapshot) { return snapshot.pages.size(); })
-        .def("sort", &Snapshot::sort, nb::call_guard<nb::gil_scoped_release>());
+        .def("sort", &Snapshot::sort, nb::call_guard<Released>());
     nb::class_<Adoption>(m, "Adoption", "Folders that become ours; see storage_backends.local.index.")
         .def("__init__", [](Adoption* self, const Numbers& folders) { new (self) Adoption(folders); })
-        .def("sort", &Adoption::sort, nb::call_guard<nb::gil_scoped_release>());
+        .def("sort", &Adoption::sort, nb::call_guard<Released>());
     nb::class_<Index>(m, "Index", "Pages of the local tier by key and by place; see storage_backends.local.index.")
         .def("__init__", [](Index* self, const std::string& order) { new (self) Index(policy(order)); })
         .def("__len__", &Index::size)
@@ -324,11 +325,11 @@ void bind(nb::module_& m) {
                 if (!space || index.page(n).space == digest(*space)) index.remove(n, false); })
         .def("newest_generation", &Index::newest_generation)
         .def("last_used", [](Index& index, std::uint32_t folder, std::uint32_t extent) { return index.last_used(folder, extent); })
-        .def("gather", &Index::gather, nb::call_guard<nb::gil_scoped_release>())
-        .def("adopt", &Index::adopt, nb::call_guard<nb::gil_scoped_release>())
+        .def("gather", &Index::gather, nb::call_guard<Released>())
+        .def("adopt", &Index::adopt, nb::call_guard<Released>())
         .def("own_records", &own_records, nb::arg("folder") = nb::none())
         .def("snapshot", [](const Index& index, std::uint32_t folder) { return index.snapshot(folder); },
-             nb::call_guard<nb::gil_scoped_release>())
+             nb::call_guard<Released>())
         .def("snapshot_records", &snapshot_records)
         .def("apply_log", &apply);
 }

@@ -12,11 +12,13 @@
 #include <unordered_map>
 
 #include "io/engine.hpp"
+#include "released.hpp"
 
 namespace nb = nanobind;
 
 namespace {
 
+using hicache::Released;
 using hicache::io::Batch;
 using hicache::io::Ended;
 using hicache::io::Engine;
@@ -64,7 +66,7 @@ bool submit(Engine& engine, std::uint64_t token, const In<std::int32_t, 1>& fds,
         page.offset = offsets.data()[i];
         page.cancelled = at(cancelled.data()[i]);
     }
-    nb::gil_scoped_release release;  // it wakes threads, which may take this one's processor at once
+    Released release;  // it wakes threads, which may take this one's processor at once
     return engine.submit(batch);
 }
 
@@ -108,14 +110,14 @@ bool submit_slots(Engine& engine, std::uint64_t token, bool write, const nb::byt
         batch->pages[i] = {fds.data()[i], write,           static_cast<std::uint32_t>(i * per_page),
                            static_cast<std::uint32_t>(per_page), offsets.data()[i], files.data()[i], at(cancelled)};
     }
-    nb::gil_scoped_release release;  // it wakes threads, which may take this one's processor at once
+    Released release;  // it wakes threads, which may take this one's processor at once
     return engine.submit(batch);
 }
 
 nb::object reap(Engine& engine) {
     std::vector<Ended> ended;
     {
-        nb::gil_scoped_release release;
+        Released release;
         ended = engine.reap();
     }
     if (ended.empty()) return nb::none();
@@ -150,7 +152,7 @@ int verify(const nb::bytes& name_space, const nb::bytes& key, std::uint64_t head
     if (addresses.shape(0) != lengths.shape(0)) wrong("addresses and lengths differ in size");
     std::vector<const std::uint8_t*> payload;
     for (std::size_t i = 0; i < addresses.shape(0); ++i) payload.push_back(at(addresses.data()[i]));
-    nb::gil_scoped_release release;
+    Released release;
     return static_cast<int>(hicache::io::verify(shape, reinterpret_cast<const std::uint8_t*>(key.c_str()), at(header),
                                                 payload, moved));
 }
@@ -181,9 +183,9 @@ NB_MODULE(_io, m) {
              "Waits for ends: a list of (token, pages uint32, moved int64, verdicts uint8), or None after "
              "stop_reaping(). For one thread.")
         .def("stop_reaping", &Engine::stop_reaping)
-        .def("close", &Engine::close, nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>())
+        .def("close", &Engine::close, nb::arg("seconds"), nb::call_guard<Released>())
         .def("register_memory", &Engine::register_memory, nb::arg("address"), nb::arg("length"),
-             nb::call_guard<nb::gil_scoped_release>())
+             nb::call_guard<Released>())
         .def("retain", &Engine::retain, nb::arg("files"))
         .def_prop_ro("registered_bytes", &Engine::registered_bytes)
         .def_prop_ro("description", &Engine::description);

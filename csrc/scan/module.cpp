@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "scan/scan.hpp"
+#include "released.hpp"
 
 namespace nb = nanobind;
 
@@ -21,7 +22,7 @@ nb::bytes read_headers(int fd, std::uint64_t base, std::uint64_t slot_bytes, con
     if (slots.shape(0) > 65536) throw std::invalid_argument("at most 65,536 slots in one call");
     std::vector<Found> found;
     {
-        nb::gil_scoped_release release;
+        Released release;
         found = headers(fd, base, slot_bytes, {slots.data(), slots.shape(0)}, threads,
                         reinterpret_cast<const std::uint8_t*>(cancelled));
     }

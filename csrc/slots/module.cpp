@@ -10,6 +10,7 @@
 #include <string>
 
 #include "slots/run.hpp"
+#include "released.hpp"
 
 namespace nb = nanobind;
 
@@ -58,7 +59,7 @@ void place(Run& run, int fd, std::uint64_t offset, std::uint64_t slot_bytes, std
 
 void seal_slots(std::uint64_t headers, std::uint64_t stride, std::uint64_t header_bytes, const U64s& lengths, const U64s& addresses) {
     const Run run = run_of(headers, stride, header_bytes, lengths, addresses);
-    const nb::gil_scoped_release release;
+    const Released release;
     seal(run);
 }
 
@@ -67,7 +68,7 @@ void judge_slots(const nb::bytes& name_space, const nb::bytes& keys, std::uint64
     Run run = run_of(headers, stride, header_bytes, lengths, addresses);
     const std::string asked = keys_of(run, name_space, keys, verdicts.shape(0));
     std::uint8_t* out = verdicts.data();
-    const nb::gil_scoped_release release;
+    const Released release;
     judge(run, reinterpret_cast<const std::uint8_t*>(asked.data()), out);
 }
 
@@ -77,7 +78,7 @@ nb::tuple write_slots(int fd, std::uint64_t offset, std::uint64_t slot_bytes, st
     place(run, fd, offset, slot_bytes, pad);
     Written written{};
     {
-        const nb::gil_scoped_release release;
+        const Released release;
         written = write(run);
     }
     return nb::make_tuple(written.pages, written.error);
@@ -93,7 +94,7 @@ void read_slots(int fd, std::uint64_t offset, std::uint64_t slot_bytes, const nb
     place(run, fd, offset, slot_bytes, pad);
     std::uint8_t* out = verdicts.data();
     std::int32_t* codes = errors.data();
-    const nb::gil_scoped_release release;
+    const Released release;
     read(run, reinterpret_cast<const std::uint8_t*>(asked.data()), out, codes);
 }
 
