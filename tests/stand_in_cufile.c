@@ -4,8 +4,10 @@
    has to show (tests/gpu).
 
    What goes wrong, by the environment, STAND_IN_CUFILE, words of: "hangs" (when its driver opens), "refuses" (to open
-   it), "nobatch", "nostream" (fail), "peer" (a device that storage can reach), "direct" (without compatibility mode it
-   works too), "noregister" (device memory).
+   it), "nobatch", "nostream" (fail), "alone" (nothing in stream order works while something else does), "inner" (nor from
+   the middle of memory that is known), "tires" (nor after 200 pieces), "slow" (what is read or written one by one takes
+   0.02 s), "peer" (a device that storage can reach), "direct" (without compatibility mode it works too), "noregister"
+   (device memory).
 
    Build: cc -shared -fPIC -Wl,-soname,libcufile.so.0 -o libcufile.so.0 stand_in_cufile.c */
 
@@ -29,7 +31,6 @@ static const status OK = {0, 0};
 /* Set from outside, in this process: reads end with this instead of bytes. */
 ssize_t stand_in_read_result;
 long stand_in_reads, stand_in_writes, stand_in_batches, stand_in_streams, stand_in_files, stand_in_registered;
-long stand_in_known_streams;
 
 static bool strict;
 static bool said(const char* word) {
@@ -98,21 +99,23 @@ status cuFileBufDeregister(const void* base) {
         if (known[i].base == base) return known[i].base = NULL, --stand_in_registered, OK;
     return (status){5022, 0};
 }
-/* Whether a stream may have this: what is not registered begins with the piece, and ends with it. */
-static bool within(const void* base, off_t at, size_t size) {
-    size_t length = size;
-    for (int i = 0; i < 64; ++i)
-        if (known[i].base == base) length = known[i].length;
-    return (size_t)at + size <= length;
+/* Whether a stream may have this: memory begins with the piece and ends with it, which is what the real one makes of known
+   memory too at times. */
+static bool takes(const char* base, off_t at) {
+    if (said("tires") && stand_in_streams > 200) return false;
+    for (int i = 0; i < 64 && said("inner"); ++i)
+        if (known[i].base != NULL && base > known[i].base && base < known[i].base + known[i].length) return false;
+    return at == 0;
 }
-
 ssize_t cuFileRead(void* handle, void* base, size_t size, off_t offset, off_t at) {
     ++stand_in_reads;
+    if (said("slow")) usleep(20000);
     if (stand_in_read_result) return stand_in_read_result;
     return pread((int)(intptr_t)handle - 1, (char*)base + at, size, offset);
 }
 ssize_t cuFileWrite(void* handle, const void* base, size_t size, off_t offset, off_t at) {
     ++stand_in_writes;
+    if (said("slow")) usleep(20000);
     return pwrite((int)(intptr_t)handle - 1, (const char*)base + at, size, offset);
 }
 
@@ -160,17 +163,22 @@ status cuFileBatchIOGetStatus(struct batch* b, unsigned least, unsigned* count, 
 status cuFileBatchIOCancel(struct batch* b) { return OK; }
 void cuFileBatchIODestroy(struct batch* b) { free(b); }
 
-status cuFileStreamRegister(void* stream, unsigned flags) { return ++stand_in_known_streams, OK; }
-status cuFileStreamDeregister(void* stream) { return --stand_in_known_streams, OK; }
+static int streaming;
+static bool alone(void) {
+    if (!said("alone")) return true;
+    bool first = __sync_add_and_fetch(&streaming, 1) == 1;
+    usleep(20000);
+    return __sync_sub_and_fetch(&streaming, 1) == 0 && first;
+}
 status cuFileReadAsync(void* file, void* base, size_t* size, off_t* offset, off_t* at, ssize_t* moved, void* stream) {
     if (said("nostream")) return (status){5038, 0};
     ++stand_in_streams;
-    if (!within(base, *at, *size)) return *moved = -EIO, OK;
+    if (!takes(base, *at) || !alone()) return *moved = -EIO, OK;
     return *moved = cuFileRead(file, base, *size, *offset, *at), OK;
 }
 status cuFileWriteAsync(void* file, void* base, size_t* size, off_t* offset, off_t* at, ssize_t* moved, void* stream) {
     if (said("nostream")) return (status){5038, 0};
     ++stand_in_streams;
-    if (!within(base, *at, *size)) return *moved = -EIO, OK;
+    if (!takes(base, *at) || !alone()) return *moved = -EIO, OK;
     return *moved = cuFileWrite(file, base, *size, *offset, *at), OK;
 }

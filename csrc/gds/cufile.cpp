@@ -36,8 +36,6 @@ const char* resolve(void* library, Api& a) {
     find(library, "cuFileBatchIOGetStatus", a.batch_status);
     find(library, "cuFileBatchIOCancel", a.batch_cancel);
     find(library, "cuFileBatchIODestroy", a.batch_destroy);
-    find(library, "cuFileStreamRegister", a.stream_register);
-    find(library, "cuFileStreamDeregister", a.stream_deregister);
     find(library, "cuFileReadAsync", a.read_async);
     find(library, "cuFileWriteAsync", a.write_async);
     return missing;

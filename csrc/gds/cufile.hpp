@@ -90,8 +90,6 @@ struct Api {
     Error (*batch_status)(BatchHandle, unsigned, unsigned*, BatchEvent*, timespec*);
     Error (*batch_cancel)(BatchHandle);
     void (*batch_destroy)(BatchHandle);
-    Error (*stream_register)(cuda::Stream, unsigned);
-    Error (*stream_deregister)(cuda::Stream);
     Error (*read_async)(Handle, void*, std::size_t*, off_t*, off_t*, ssize_t*, cuda::Stream);
     Error (*write_async)(Handle, void*, std::size_t*, off_t*, off_t*, ssize_t*, cuda::Stream);
 };

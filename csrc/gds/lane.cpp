@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <condition_variable>
 #include <mutex>
+#include <utility>
 
 namespace hicache::gds {
 namespace {
@@ -71,7 +72,6 @@ Lane::~Lane() {
         cuda::Device::Entered entered(*library->device);
         library->device->api.stream_synchronize(stream_);
         drop_batch();
-        if (known_ && library->api.stream_deregister != nullptr) library->api.stream_deregister(stream_);
         library->device->api.stream_destroy(stream_);
     } catch (const std::exception&) {  // the driver is shutting down
     }
@@ -173,13 +173,15 @@ void Lane::drop_batch() {
 }
 
 void Lane::by_stream(bool write) {
-    // Once: else cuFile makes and drops the stream's buffers for every part. It does so too where this fails.
-    if (!known_ && library->api.stream_register != nullptr) library->api.stream_register(stream_, 0);
-    known_ = true;
     streamed_.assign(pieces_.size(), 0);
     streaming_ = true;
     for (std::size_t i = 0; i < pieces_.size(); ++i) {
         Piece& piece = pieces_[i];
+        // From its own address on, registered or not: of a base and an offset cuFile (1.15, compatibility mode) at times
+        // says that the offset lies behind the memory's end ("exceeds registered length"), which it takes for as long as
+        // the piece. What that costs past the CPU is not known, no such machine was to be had: there cuFile may not
+        // recognise registered memory by an address within it, and then copies once more on the device.
+        piece.base += static_cast<cuda::Address>(std::exchange(piece.base_offset, 0));
         const auto call = write ? library->api.write_async : library->api.read_async;
         const Error error = call(piece.file, reinterpret_cast<void*>(piece.base), &piece.length, &piece.file_offset,
                                  &piece.base_offset, &streamed_[i], stream_);

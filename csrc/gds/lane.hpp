@@ -56,7 +56,7 @@ class Lane {
     cuda::Stream stream_ = nullptr;
     BatchHandle batch_ = nullptr;
     std::size_t batch_size_ = 0;
-    bool streaming_ = false, known_ = false;  // known_: the library was asked to keep what a stream needs
+    bool streaming_ = false;
     // The library keeps pointers to these while a stream's work is under way.
     std::vector<Piece> pieces_;
     std::vector<ssize_t> streamed_;

@@ -38,7 +38,8 @@ from storage_backends.gds.route import Route
 from storage_backends.gds.slots import PIECE_BYTES
 from storage_backends.local.engine import Transfer, open_engine
 
-_TURNS = 2
+#: What every subject wrote in so many turns, and once more, has room in the tier.
+TURNS = 2
 _STAGING_BYTES = 256 << 20
 _TOKENS = 16
 
@@ -54,7 +55,7 @@ class Cell:
         """modes: of the tier, the first in which it uses cuFile is taken. CudaUnavailable, OptionError, NotHere."""
         self.folder, self.page, self.pages, self.bytes = folder, page, pages, page * pages
         slot = page + 8192
-        capacity = max((_TURNS + 1) * pages * slot, 128 << 20)
+        capacity = max((TURNS + 1) * pages * slot, 128 << 20)
         for mode in modes:
             options = GdsOptions(path=folder / "tier", capacity=capacity, way=way, mode=mode)  # type: ignore[arg-type]
             GdsBackend.check(options)
@@ -116,11 +117,6 @@ class Cell:
             np.arange(count + 1, dtype=np.int64), self, memory="device",
         )  # fmt: skip
 
-    def fill(self) -> None:
-        """Write until every slot has been written once."""
-        for _ in range(_TURNS + 2):
-            finish(self.backend.write(self.batch(self.new_keys())), "filling")
-
     def draw(self, memory: str) -> None:
         """Random bytes."""
         self._put(memory, self._random.integers(0, 256, self.bytes, np.uint8))
@@ -179,6 +175,7 @@ class Subject(ABC):
 
 
 class Ours(Subject):
+    name = "ours"
     shares = True
 
     def __init__(self, cell: Cell) -> None:
@@ -262,6 +259,8 @@ class _PlainFile(Subject):
 
 
 class CuFile(_PlainFile):
+    name = "cufile"
+
     def __init__(self, cell: Cell) -> None:
         decision, asked = cell.backend.decision, cell.backend.options.way
         self.way, self.name = str(decision.way), "cufile" if asked == "auto" else f"cufile-{asked}"

@@ -74,6 +74,13 @@ def gds_command(
     for name, decision in result.decisions.items():
         out.print(f"{name}: {decision}", markup=False, highlight=False, soft_wrap=True)
     out.print(", ".join(f"{name} {value}" for name, value in about.items()), soft_wrap=True, highlight=False)
+    failed = {(row["subject"], row["page"]): row["failed"] for row in result.rows if row["gb_per_s"] is None}
+    for (subject, size_), why in failed.items():
+        console.print(
+            f"bench gds: {subject}, pages of {size_ >> 10} KiB: {why}", markup=False, highlight=False, soft_wrap=True
+        )
+    if failed:
+        raise typer.Exit(1)
 
 
 def _table(rows: list[dict[str, Any]], op: str) -> Table:
@@ -87,8 +94,11 @@ def _table(rows: list[dict[str, Any]], op: str) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     cells: dict[tuple[int, int], dict[str, str]] = {}
     for row in rows:
-        low, high = row["spread"]
         cell = cells.setdefault((row["page"], row["pages"]), {})
+        if row["gb_per_s"] is None:
+            cell[row["subject"]] = "failed"
+            continue
+        low, high = row["spread"]
         cell[row["subject"]] = f"{row['gb_per_s']:.2f}" + (f" ({low:.2f}-{high:.2f})" if spread else "")
     for (page, pages), cell in cells.items():
         size = f"{page >> 20} MiB" if page >= 1 << 20 else f"{page >> 10} KiB"

@@ -14,12 +14,16 @@ The slot is pinned by whoever made the group (storage_backends.local.reads).
 
 from __future__ import annotations
 
+import atexit
 import errno
+import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -37,10 +41,14 @@ from storage_backends.local.slots import MEMORY_TROUBLE, SlotEngine, SlotGroup, 
 if TYPE_CHECKING:
     from hicache_ext import _cuda
 
+logger = logging.getLogger(__name__)
+
 #: What one lane moves and verifies at once.
 PART_BYTES, PART_PAGES = 16 << 20, 64
 #: cuFile is given no larger piece: its buffers hold 1 MiB, and several are under way at the same time.
 PIECE_BYTES = 1 << 20
+#: How long the end of the process waits for what cuFile has under way; what is queued is not begun.
+AT_EXIT_SECONDS = 10.0
 #: cuFile's own codes begin here; this one is the storage's.
 _CUFILE, _CUFILE_IO = 5000, 5044
 
@@ -62,6 +70,7 @@ class DeviceSlots(SlotEngine):
         self._lock = threading.Lock()
         self._stopped = False
         self._threads: list[threading.Thread] = []
+        self._process = os.getpid()
 
     def submit_slots(self, group: SlotGroup) -> None:
         if group.memory == "host":
@@ -88,6 +97,12 @@ class DeviceSlots(SlotEngine):
 
     def stop(self, timeout: float) -> bool:
         until = time.monotonic() + timeout
+        quiet = self._stop_lanes(timeout)
+        return self.inner.stop(max(0.0, until - time.monotonic())) and quiet
+
+    def _stop_lanes(self, timeout: float) -> bool:
+        """Whether none is at work any more."""
+        until = time.monotonic() + timeout
         with self._lock:
             self._stopped = True
             for _ in self._threads:
@@ -98,10 +113,11 @@ class DeviceSlots(SlotEngine):
         if quiet:
             with self._lock:
                 self._files.clear()
-        return self.inner.stop(max(0.0, until - time.monotonic())) and quiet
+        return quiet
 
     def _start(self) -> None:
         """The threads, when the first page of a device comes."""
+        _leave_no_lane_behind().add(self)
         while len(self._threads) < self._route.threads:
             name = f"hicache-gds-{len(self._threads)}"
             self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
@@ -248,6 +264,21 @@ class DeviceSlots(SlotEngine):
             if found is None:
                 found = self._files[extent.serial] = self._route.file(extent.fd)
             return found
+
+
+@cache
+def _leave_no_lane_behind() -> weakref.WeakSet[DeviceSlots]:
+    """Those whose lanes are stopped before the interpreter ends: cuFile and the driver are taken down after it, and are
+    then at work for nobody."""
+    known: weakref.WeakSet[DeviceSlots] = weakref.WeakSet()
+
+    def stop() -> None:
+        for one in [one for one in known if one._process == os.getpid()]:
+            if not one._stop_lanes(AT_EXIT_SECONDS):
+                logger.warning("gds tier: cuFile did not come back before the process ended")
+
+    atexit.register(stop)
+    return known
 
 
 class _Countdown:
