@@ -177,6 +177,8 @@ class Launched:
     def _extra_config(self, page_tokens: int) -> str:
         # Short prompts are worth asking for here: the lengths at which that does not pay are what is looked for.
         common = {"prefetch_threshold": page_tokens}
+        if self.subject.stock == "nixl":  # a disk that is 80 % full would lose the pages that are to be read back
+            return json.dumps({**common, "l3_cleaner_enabled": False})
         if self.subject.stock:
             return json.dumps(common)
         if self.subject.config is not None:
