@@ -71,7 +71,7 @@ for shared in (
 for linked in (
     gds_linker.pages_go_past_the_host,
     gds_linker.a_bad_page_fails_its_load_alone,
-    gds_linker.a_tier_below_gets_its_copies_from_the_first_one,
+    gds_linker.with_a_tier_below_pages_are_written_through_the_host,
 ):
     CASES[f"linker_{linked.__name__}"] = linked
 

@@ -20,7 +20,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,18 +71,6 @@ REACHED = past_blocks.Reached(
 )  # fmt: skip
 for name, blocks in past_blocks.CASES.items():
     CASES[f"vllm_{name}"] = partial(blocks, REACHED)
-
-
-@case
-def vllm_what_was_saved_past_the_host_is_on_disk_for_the_next_process() -> None:
-    """Which has an empty memory tier: the one before ended without closing anything, once its copies had arrived."""
-    with tempfile.TemporaryDirectory() as folder:
-        local = {"type": "local", "path": folder, "capacity": 64 * MIB}
-        reached = replace(REACHED, below=lambda: [local])
-        if (child := os.fork()) == 0:
-            past_blocks.saved_by_a_process_that_ends(reached)
-        assert os.waitpid(child, 0)[1] == 0
-        past_blocks.loaded_by_the_next_one(reached)
 
 
 @case

@@ -71,14 +71,10 @@ class Behind:
 
     def take(self, batch: PageBatch) -> PageBatch | None:
         """Memory within this writer's credits for pages that somebody will `send`; None beyond them."""
-        copy = self.room(batch)
+        copy = self._budget.take(batch)
         if copy is None:
             self.tier.count("behind_full", len(batch))
         return copy
-
-    def room(self, batch: PageBatch) -> PageBatch | None:
-        """As take, for who asks again later: nothing is refused yet, so nothing is counted."""
-        return self._budget.take(batch)
 
     def clear(self, namespaces: Collection[bytes]) -> None:
         """Pages of these namespaces, by digest, are about to be forgotten: none that waits goes there afterwards."""

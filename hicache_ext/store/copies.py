@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_backends.base import KeyBatch, PageBatch
+from storage_backends.base import PageBatch
 from storage_backends.buffers import OwnedMemory
 
 _native: Any = None
@@ -119,20 +119,6 @@ class CopyBudget:
         memory = self._kept[min(larger)].pop()
         self._kept_bytes -= memory.size
         return memory
-
-
-def without_memory(batch: KeyBatch) -> PageBatch:
-    """The same pages with the lengths that their layout says, and no memory yet, for `CopyBudget.take`. Reading them is
-    no use of theirs."""
-    sizes = batch.namespace.layout.buffer_lengths
-    lengths = np.tile(np.array(sizes, np.uint64), len(batch))
-    offsets = np.arange(len(batch) + 1, dtype=np.int64) * len(sizes)
-    if isinstance(batch, PageBatch):
-        return replace(
-            batch, addresses=np.zeros_like(lengths), lengths=lengths, offsets=offsets, owner=None, used=False,
-            memory="host",
-        )  # fmt: skip
-    return PageBatch(batch.namespace, batch.keys, batch.parents, np.zeros_like(lengths), lengths, offsets, used=False)
 
 
 class _Held:

@@ -15,9 +15,8 @@ import numpy as np
 
 from hicache_ext.page import Namespace
 from hicache_ext.store.behind import Behind
-from hicache_ext.store.copies import without_memory
 from hicache_ext.store.tier import Tier
-from storage_backends.base import Completion, KeyBatch, Outcome
+from storage_backends.base import Completion, KeyBatch, Outcome, PageBatch
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +69,10 @@ class Demotion:
         if not new:
             return False
         wanted = asked.only(new)
-        batch = self._below.take(without_memory(wanted))
+        lengths = np.tile(np.array(space.layout.buffer_lengths, np.uint64), len(wanted))
+        offsets = np.arange(len(wanted) + 1, dtype=np.int64) * len(space.layout.buffer_lengths)
+        empty = PageBatch(space, wanted.keys, None, np.zeros_like(lengths), lengths, offsets, used=False)
+        batch = self._below.take(empty)
         if batch is None:
             return False
 

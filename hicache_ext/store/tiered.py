@@ -23,7 +23,6 @@ from hicache_ext.store.behind import Behind
 from hicache_ext.store.demotion import Demotion
 from hicache_ext.store.flights import Flights
 from hicache_ext.store.late import LateBackend
-from hicache_ext.store.read_back import ReadBack
 from hicache_ext.store.registered import Registered
 from hicache_ext.store.staging import read_staged
 from hicache_ext.store.tier import Promotion, Recent, Tier, Writing
@@ -77,8 +76,6 @@ class TieredStore:
         self.behind = [
             Behind(tier, self._memory.budget(behind_bytes, _BEHIND_PAGES, tier)) for tier in (tiers if several else [])
         ]
-        self._through = [behind for behind in self.behind[1:] if behind.tier.writing is Writing.THROUGH]
-        self._read_backs = [ReadBack(tiers[0], behind) for behind in self._through]
         self._uses = Recent(_COUNTED_PAGES)
         self._copier = ThreadPoolExecutor(1, "hicache-copy") if several else None
         self._spaces: dict[bytes, Namespace] = {}
@@ -374,12 +371,12 @@ class TieredStore:
         """Store the pages in the first tier; an outcome per page. The buffers are free again at the completion.
 
         Further tiers get copies in the background, by their rules, and have no part in the outcome. Pages in device
-        memory: where `writes_from_device` says so; copies are made of what the first tier has of them afterwards.
+        memory: where `writes_from_device` says so.
         """
         if self._closed:
             return Completion.finished(len(batch), Outcome.REJECTED)
         if batch.memory == "device" and not self.writes_from_device:
-            raise ValueError("the first tier takes no pages in device memory, see writes_from_device")
+            raise ValueError("pages in device memory cannot be copied for further tiers, see writes_from_device")
         result = Completion(len(batch), self._dispatcher)
         pages = self._writing.begin(batch, result)
         if not pages:
@@ -397,16 +394,15 @@ class TieredStore:
                 logger.exception("%s: write raised; the pages count as failed", tier.name)
                 sent = Completion.finished(len(part), Outcome.FAILED)
         # Copied while the first tier writes; nobody has the completion yet, so the pages are still ours to read.
-        for behind in self._through if batch.memory == "host" else []:
-            behind.offer(batch, pages)
+        for behind in self.behind[1:]:
+            if behind.tier.writing is Writing.THROUGH:
+                behind.offer(batch, pages)
 
         def landed(done: Completion) -> None:
             tier.account("write", done.outcomes)
-            good = [page for page, outcome in zip(pages, done.outcomes, strict=True) if outcome == Outcome.HIT]
-            for page in good:
-                tier.lied.drop(batch.namespace.digest, batch.key(page))
-            for read_back in self._read_backs if batch.memory == "device" else []:
-                read_back.put(batch, good)
+            for page, outcome in zip(pages, done.outcomes, strict=True):
+                if outcome == Outcome.HIT:
+                    tier.lied.drop(batch.namespace.digest, batch.key(page))
             self._writing.end(batch, pages, done.outcomes)
             result.settle_many(pages, done.outcomes)
 
@@ -425,11 +421,8 @@ class TieredStore:
     def clear(self, namespaces: Iterable[Namespace]) -> None:
         """Forget these namespaces in every tier that can."""
         spaces = list(namespaces)
-        digests = {space.digest for space in spaces}
-        for read_back in self._read_backs:
-            read_back.clear(digests)
         for behind in self.behind:
-            behind.clear(digests)
+            behind.clear({space.digest for space in spaces})
         for tier in self.tiers:
             try:
                 tier.backend.clear(spaces)
@@ -466,8 +459,7 @@ class TieredStore:
     def settled(self, timeout: float) -> bool:
         """Wait until nothing is queued or on its way in the background; whether that came within `timeout` seconds."""
         until = time.monotonic() + timeout
-        waiting: list[ReadBack | Behind] = [*self._read_backs, *self.behind]  # in the order of pages' way
-        while not all(one.idle() for one in waiting):
+        while not all(behind.idle() for behind in self.behind):
             if time.monotonic() > until:
                 return False
             time.sleep(0.01)
@@ -475,13 +467,11 @@ class TieredStore:
 
     def stats(self) -> dict[str, Mapping[str, int | float | str]]:
         """Per tier: the backend's own numbers, outcomes by kind ("read_hit", ...), the background queue, and health."""
-        read_back = {one.tier.name: one.stats() for one in self._read_backs}
         return {
             tier.name: {
                 **tier.backend.stats(),
                 **tier.counts,
                 **(self.behind[i].stats() if self.behind else {}),
-                **read_back.get(tier.name, {}),
                 "read_health": tier.reads.state.value,
                 "write_health": tier.writes.state.value,
                 "health_reason": tier.reads.reason or tier.writes.reason,
@@ -502,8 +492,6 @@ class TieredStore:
         self._memory.close()
         for demotion in self._demotions:
             demotion.close()
-        for read_back in self._read_backs:
-            read_back.close()
         stoppers = [threading.Thread(target=behind.close, args=(until - 1,), daemon=True) for behind in self.behind]
         closers = [threading.Thread(target=tier.backend.close, daemon=True) for tier in self.tiers]
         for stage in (stoppers, closers):

@@ -3,9 +3,8 @@
 Belongs here: the rule, and such a read. Does not belong here: how a tier reaches a device (storage_backends), or whose
 memory that is (adapters).
 
-Whatever the store does with pages that are read besides handing them on (promotion, copies for other tiers, following
-another's flight) it does in host memory. So a page is read past the host only where none of that is called for. Pages
-that are written go to the first tier; tiers below get copies of what landed there (read_back.py).
+Whatever the store does with pages besides handing them on (promotion, copies for other tiers, following another's
+flight) it does in host memory. So a page goes past the host only where none of that is called for.
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ def reading_tier(tiers: Sequence[Tier]) -> int | None:
 
 
 def can_write(tiers: Sequence[Tier]) -> bool:
-    """Whether pages in device memory can be written: the first tier takes them."""
-    return "device" in tiers[0].backend.capabilities.memory
+    """Whether pages in device memory can be written: the first tier takes them, and no other wants them as well."""
+    through = any(tier.writing is Writing.THROUGH for tier in tiers[1:])
+    return "device" in tiers[0].backend.capabilities.memory and not through
 
 
 def read(tiers: Sequence[Tier], behind: Sequence[Behind], batch: PageBatch) -> Completion:

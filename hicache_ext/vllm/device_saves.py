@@ -7,9 +7,10 @@ A step's pages are copied once the device has computed them, and the forward doe
 give their blocks to somebody else, and tells which ones before a step writes into them (`make_way`): what has not been
 copied by then is not stored, and a part that is being copied at that moment is waited for, which takes a millisecond.
 
-Where the first tier takes pages from the device, the slots lie there, and blocks are free again after a copy within it.
+Where the tiers take pages from the device, the slots lie there, and blocks are free again after a copy within it.
 Such a copy is short, but it may have to wait for a kernel of the forward: so one copy fills up to half of all slots,
-whose parts are stored while the next waits. Further tiers get their copies from that tier, in the background.
+whose parts are stored while the next waits. Where further tiers want copies as well, the store makes them in host
+memory, and pages go through that.
 """
 
 from __future__ import annotations

@@ -116,6 +116,29 @@ def test_every_page_goes_through_and_its_memory_is_free_at_once(make: Make) -> N
     assert _right(store, keys) == [Outcome.HIT] * 6
 
 
+def test_what_waits_when_it_is_cleared_goes_nowhere_and_may_go_again(make: Make) -> None:
+    """Behind pages of another namespace, which are on their way and held up, and stay."""
+    store, near, far = make()
+    far.open.clear()
+    other, keys = namespace((4096, 8192)), chain("a", 6)
+    for batch in range(32):
+        store.write(HostPool(other, 1).write_batch(chain(f"{batch}", 1))).result(5)
+    assert store.write(HostPool(SPACE, 6).write_batch(keys)).result(5) == [Outcome.HIT] * 6
+    store.clear([SPACE])
+    assert store.stats()["far"]["behind_bytes"] == 32 * 12288
+    far.open.set()
+    assert store.settled(10)
+    assert _holds(near, keys) == _holds(far, keys) == [0] * 6
+    assert far.stats()["pages"] == 32
+    assert store.write(HostPool(SPACE, 6).write_batch(keys)).result(5) == [Outcome.HIT] * 6
+    assert store.settled(10)
+    assert _holds(far, keys) == [1] * 6
+    store.clear([SPACE])
+    assert store.write(HostPool(SPACE, 6).write_batch(keys)).result(5) == [Outcome.HIT] * 6
+    assert store.settled(10)
+    assert _holds(far, keys) == [1] * 6, "what was sent before the clearing counts as sent no more"
+
+
 def test_a_full_queue_refuses_and_nothing_waits(make: Make) -> None:
     store, near, far = make(behind=1 << 20)
     far.open.clear()

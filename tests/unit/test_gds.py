@@ -42,7 +42,7 @@ _EVERYWHERE = [
     "a_file_that_goes_is_let_go_of",
     "linker_pages_go_past_the_host",
     "linker_a_bad_page_fails_its_load_alone",
-    "linker_a_tier_below_gets_its_copies_from_the_first_one",
+    "linker_with_a_tier_below_pages_are_written_through_the_host",
     *(f"vllm_{name}" for name in past_blocks.CASES),
 ]
 #: Libraries that are there, what goes wrong with the driver and with cuFile -> cases.
