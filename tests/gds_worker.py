@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from storage_backends.base import OptionError, Outcome
-from storage_backends.gds.decision import Way
+from storage_backends.gds.decision import NO_STREAM, Mode, Way
 from tests import gds_cases, gds_linker, past_blocks
 from tests.gds_cases import cufile_mode, disk_of, filled, flip, opened, place_of, read
 from tests.pages import HostPool, chain, namespace
@@ -36,11 +36,17 @@ def case(function: Callable[[Path], None]) -> Callable[[Path], None]:
     return function
 
 
+def ways_here() -> list[Way]:
+    """That the stand-in serves; in stream order only past the CPU."""
+    words = os.environ.get("STAND_IN_CUFILE", "")
+    return [
+        way for way in Way if f"no{way}" not in words and (way is not Way.STREAM or cufile_mode() != "compatibility")
+    ]
+
+
 @case
 def both_routes_read_what_either_wrote(folder: Path) -> None:
-    for way in Way:
-        if f"no{way}" in os.environ.get("STAND_IN_CUFILE", ""):
-            continue
+    for way in ways_here():
         before = {name: number(name) for name in ("reads", "writes", "batches", "streams")}
         gds_cases.both_routes_read_what_either_wrote(folder / way, OnDevice, way=way)
         more = {name: number(name) > count for name, count in before.items()}
@@ -59,6 +65,17 @@ def the_way_that_is_asked_for(folder: Path) -> None:
     backend = opened(folder, mode="compatibility")
     print("decision:", backend.decision)
     backend.close()
+
+
+@case
+def stream_order_is_for_true_gds_alone(folder: Path) -> None:
+    for mode in ("auto", "compatibility"):
+        backend = opened(folder / mode, mode=mode, way="stream")
+        assert (backend.decision.mode, backend.capabilities.memory) == (Mode.STAGING, ("host",))
+        assert backend.decision.why.endswith(NO_STREAM)
+        backend.close()
+    with pytest.raises(OptionError, match=f"^mode = 'gds': .*{re.escape(NO_STREAM)}"):
+        opened(folder / "gds", mode="gds", way="stream")
 
 
 for shared in (
@@ -100,7 +117,7 @@ for name, blocks in past_blocks.CASES.items():
 @case
 def registered_memory_is_told_to_cufile(folder: Path) -> None:
     kept: list[OnDevice] = []  # the driver that stands in would take what lies there next for the device's too
-    for way in Way:
+    for way in ways_here():
         backend, space, keys, first = filled(folder / way, OnDevice, way=way)
         pool = OnDevice(space, 6)
         kept += [first, pool]

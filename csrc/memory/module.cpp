@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "memory/region.hpp"
+#include "released.hpp"
 
 namespace nb = nanobind;
 
@@ -90,7 +91,7 @@ void lookup(Held& held, const nb::bytes& name_space, const nb::bytes& keys, bool
     Keys asked(name_space, keys);
     if (found.shape(0) != asked.size()) wrong("one byte per key");
     std::uint8_t* out = found.data();
-    const nb::gil_scoped_release release;
+    const Released release;
     for (std::size_t i = 0; i < asked.size(); ++i) out[i] = held.region.has(asked.page(i), used);
 }
 
@@ -104,7 +105,7 @@ void read(Held& held, const nb::bytes& name_space, std::uint64_t header_bytes, c
     std::vector<std::uint8_t*> to(buffers);
     const std::uint64_t* address = addresses.data();
     std::uint8_t* out = verdicts.data();
-    const nb::gil_scoped_release release;
+    const Released release;
     for (std::size_t i = 0; i < asked.size(); ++i) {
         for (auto& buffer : to) buffer = at(*address++);
         out[i] = static_cast<std::uint8_t>(held.region.read(shape, asked.page(i), to, used));
@@ -123,7 +124,7 @@ void write(Held& held, const nb::bytes& name_space, std::uint64_t header_bytes, 
     const std::uint64_t* address = addresses.data();
     const std::uint8_t* header = headers.data();
     std::uint8_t* out = verdicts.data();
-    const nb::gil_scoped_release release;
+    const Released release;
     for (std::size_t i = 0; i < asked.size(); ++i, header += header_bytes) {
         for (auto& buffer : from) buffer = at(*address++);
         out[i] = static_cast<std::uint8_t>(held.region.write(shape, asked.page(i), header, from));
@@ -154,7 +155,7 @@ std::string read_by(Held& held, const nb::capsule& mover, const nb::bytes& name_
         wrong("one address per buffer and one verdict per key");
     const Mover& by = mover_of(mover);
     const std::span<Verdict> out = as_verdicts(verdicts);
-    const nb::gil_scoped_release release;
+    const Released release;
     return held.region.read_by(by, shape, all(asked), addresses.data(), used, out);
 }
 
@@ -168,7 +169,7 @@ std::string write_by(Held& held, const nb::capsule& mover, const nb::bytes& name
         wrong("one address per buffer, one header and one verdict per key");
     const Mover& by = mover_of(mover);
     const std::span<Verdict> out = as_verdicts(verdicts);
-    const nb::gil_scoped_release release;
+    const Released release;
     return held.region.write_by(by, shape, all(asked), headers.data(), addresses.data(), out);
 }
 
@@ -176,21 +177,21 @@ void remove(Held& held, const nb::bytes& name_space, const nb::bytes& keys, cons
     Keys asked(name_space, keys);
     if (found.shape(0) != asked.size()) wrong("one byte per key");
     std::uint8_t* out = found.data();
-    const nb::gil_scoped_release release;
+    const Released release;
     for (std::size_t i = 0; i < asked.size(); ++i) out[i] = held.region.remove(asked.page(i));
 }
 
 std::uint64_t clear(Held& held, const nb::bytes& name_space) {
     const Keys space(name_space, nb::bytes("", 0));
     const std::string copy(name_space.c_str(), 16);
-    const nb::gil_scoped_release release;
+    const Released release;
     return held.region.clear(reinterpret_cast<const std::uint8_t*>(copy.data()));
 }
 
 nb::bytes going(Held& held, std::size_t most) {
     std::vector<Identity> pages;
     {
-        const nb::gil_scoped_release release;
+        const Released release;
         pages = held.region.going(most);
     }
     return nb::bytes(pages.data(), pages.size() * sizeof(Identity));
@@ -260,14 +261,14 @@ void bind(nb::module_& m) {
         .def("changes", [](const Held& held) { return held.region.changes(); })
         .def("counts", &counts)
         .def("prepare", [](Held& held, std::uint64_t ahead, std::uint64_t step) { return held.region.prepare(ahead, step); },
-             nb::arg("ahead"), nb::arg("step"), nb::call_guard<nb::gil_scoped_release>(),
+             nb::arg("ahead"), nb::arg("step"), nb::call_guard<Released>(),
              "Memory for what is opened next, a step of it; False: enough is there, or there is no more.")
         .def("take",
              [](Held& held, std::uint32_t extent) {
                  if (extent >= held.region.extents()) wrong("there are fewer extents");
                  return held.region.take(extent);
              },
-             nb::arg("extent"), nb::call_guard<nb::gil_scoped_release>(),
+             nb::arg("extent"), nb::call_guard<Released>(),
              "All memory of an extent; False: there is not enough. For any number of threads.")
         .def("opened", [](const Held& held) { return held.region.opened(); })
         .def_prop_ro("extents", [](const Held& held) { return held.region.extents(); })

@@ -13,7 +13,7 @@ from pathlib import Path
 from hicache_ext.config import TierConfig
 from hicache_ext.doctor.finding import Finding, error, ok, warning
 from storage_backends.gds import volume
-from storage_backends.gds.decision import INSTALL, LOG, Decision, Mode, decide
+from storage_backends.gds.decision import INSTALL, LOG, NO_STREAM, Decision, Mode, decide
 from storage_backends.local.options import nearest
 
 _DIRECT = (
@@ -59,7 +59,9 @@ def judge(place: Place, decision: Decision) -> Finding:
         return error(name, f"{text}; the tier does not open with mode: gds", f"{fix}; or mode: auto")
     if decision.mode is Mode.GDS or decision.why.startswith("mode: "):  # as asked for
         return ok(name, text)
-    if decision.mode is Mode.STAGING and str(volume.CODE) in decision.why:  # the reason goes on to say what to do
+    if NO_STREAM in decision.why:
+        fix = "way: calls, or way: auto"
+    elif decision.mode is Mode.STAGING and str(volume.CODE) in decision.why:  # the reason goes on to say what to do
         problems = [found for path in place.paths if (found := volume.problem(nearest(path)))]
         fix = problems[0].fix if problems else f"cuFile's own log says why: {os.environ.get(LOG, '')}"
     elif decision.mode is Mode.STAGING and not missing:

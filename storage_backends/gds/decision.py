@@ -48,11 +48,17 @@ class Way(StrEnum):
     CALLS = "calls"
 
 
-#: Best first. In compatibility mode every piece holds a buffer of cuFile's: from a call it comes back by itself.
+#: Best first. In compatibility mode every piece holds a buffer of cuFile's: from a call it comes back by itself; and
+#: nothing goes in stream order (NO_STREAM).
 PREFERENCE: Mapping[Mode, tuple[Way, ...]] = {
     Mode.GDS: (Way.BATCH, Way.STREAM, Way.CALLS),
-    Mode.COMPATIBILITY: (Way.CALLS, Way.BATCH, Way.STREAM),
+    Mode.COMPATIBILITY: (Way.CALLS, Way.BATCH),
 }
+#: Seen on an H200 (examples/h100/gds.json): a trial that went well says nothing of the next thousand pieces.
+NO_STREAM = (
+    "way: stream is for true GPUDirect Storage alone: in compatibility mode cuFile 1.15 returned wrong bytes now and "
+    "then and can abort the process; use way: calls, or auto"
+)
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,10 @@ def decide(mode: str, way: str, ordinal: int | None, directories: Sequence[Path]
     if device.no_kernels:
         return Decision(Mode.STAGING, f"nothing verifies pages on the device: {device.no_kernels}")
     keep_log_out_of_the_way()
-    ways = PREFERENCE[Mode.COMPATIBILITY] if way == "auto" else (Way(way),)
-    found = _try(device.ordinal, directories, False, ways)
+    ways = PREFERENCE[Mode.GDS] if way == "auto" else (Way(way),)
+    safe = [one for one in PREFERENCE[Mode.COMPATIBILITY] if one in ways]
+    # Without a safe one: what does cuFile say of this machine?
+    found = _try(device.ordinal, directories, False, safe or [Way.CALLS])
     if found.problem:
         return Decision(Mode.STAGING, found.problem)
     chosen, why = Mode.COMPATIBILITY, "mode: compatibility"
@@ -100,6 +108,8 @@ def decide(mode: str, way: str, ordinal: int | None, directories: Sequence[Path]
             strict = _try(device.ordinal, directories, True, ways)
             chosen, why = (Mode.COMPATIBILITY, strict.problem) if strict.problem else (Mode.GDS, "")
             found = found if strict.problem else strict
+    if chosen is Mode.COMPATIBILITY and not safe:
+        return Decision(Mode.STAGING, NO_STREAM if mode == "compatibility" else f"{why}; {NO_STREAM}")
     if mode == "auto" and chosen is Mode.COMPATIBILITY:  # measured on an H200: examples/h100/gds.json
         return Decision(Mode.STAGING, f"{why}; cuFile's compatibility mode is slower (mode: compatibility takes it)")
     order = PREFERENCE[chosen]

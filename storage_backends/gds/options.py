@@ -17,7 +17,8 @@ class GdsOptions(LocalOptions):
 
     mode: how pages reach device memory. "auto": past the CPU where that goes, else as from a local tier, through
     pinned host memory; "gds": past the CPU, or the tier does not open; "compatibility": by cuFile, through host memory
-    of its own where it must; "staging": without cuFile. way: how cuFile is asked ("auto": the best that works here).
+    of its own where it must; "staging": without cuFile. way: how cuFile is asked ("auto": the best that works here;
+    "stream": past the CPU alone).
     device: ordinal of the GPU; without it the one that the opening thread uses.
     """
 

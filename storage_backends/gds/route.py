@@ -28,6 +28,9 @@ NUMBERS = {Way.CALLS: 0, Way.BATCH: 1, Way.STREAM: 2}
 #: Threads that move parts, each with a lane of its own.
 THREADS = {Way.CALLS: 8, Way.BATCH: 4, Way.STREAM: 4}
 
+#: Libraries that forbid compatibility mode in this process: said before their driver opens, which it does once.
+_strict: set[str] = set()
+
 
 class Route:
     """Thread-safe. out: why device memory is not served any more, "" while it is."""
@@ -40,7 +43,11 @@ class Route:
 
         self._cuda = _cuda
         try:
-            self.library = _cuda.cufile(self.device, decision.library, False)
+            # In stream order nothing may fall back to compatibility mode, not for one file either (decision.NO_STREAM).
+            strict = decision.way is Way.STREAM and decision.library not in _strict
+            self.library = _cuda.cufile(self.device, decision.library, strict)
+            if strict:
+                _strict.add(decision.library)
         except _cuda.Unavailable as error:
             raise CudaUnavailable(str(error)) from error
         self.way = NUMBERS[decision.way]

@@ -41,8 +41,8 @@ Work = Callable[["_cuda.CopyLane"], None]
 #: What a lane moves and verifies at once: what adapters ask for at once. Two thirds of a millisecond over PCIe 5.
 PART_BYTES = 32 << 20
 #: Half of a part's time is not copying: finding or making room, checksums, being woken. With three lanes reads reached
-#: 0.93 of a plain copy on an H200; with two, writes reached 0.61 to 0.70. Checksums of what is saved may wait for
-#: kernels of the forward, so of those there is one more.
+#: 0.92 of a plain copy on an H200, with four, writes 0.91 (with two 0.61 to 0.70). Checksums of what is saved may wait
+#: for kernels of the forward, so of those there is one more.
 READ_LANES, WRITE_LANES = 3, 4
 #: Thread blocks, so multiprocessors at most, of one lane's checksum kernel: few, since an engine computes meanwhile. On
 #: an H200 a block checks 6.5 GB/s, and so many 198: a part is checked in a quarter of the time that its copy takes.

@@ -40,7 +40,7 @@ def _cufile(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.mark.parametrize("way", list(Way))
 def test_both_routes_read_what_either_wrote(way: str, tmp_path: Path) -> None:
-    decision = decide("compatibility", way, None, [tmp_path])
+    decision = decide(gds_cases.cufile_mode(), way, None, [tmp_path])
     print(decision)
     if decision.mode is Mode.STAGING:
         pytest.skip(f"no {way} here: {decision.why}")

@@ -14,7 +14,7 @@ from hicache_ext.config import Config, ConfigError
 from hicache_ext.doctor import gds
 from hicache_ext.doctor.checkup import checkup
 from hicache_ext.doctor.finding import Level
-from storage_backends.gds.decision import Decision, Mode, Way
+from storage_backends.gds.decision import NO_STREAM, Decision, Mode, Way
 
 DIRECT = Decision(Mode.GDS, "", "libcufile.so.0", "1.15", 0, "a GPU", Way.BATCH)
 PLACE = gds.Place("nvme", "auto", "auto", None, (Path("/nvme"),))
@@ -31,6 +31,7 @@ PLACE = gds.Place("nvme", "auto", "auto", None, (Path("/nvme"),))
         ("staging", Decision(Mode.STAGING, "mode: staging"), Level.OK, ""),
         ("auto", Decision(Mode.STAGING, "cuFile cannot be loaded: libcufile.so.0"), Level.WARNING, "hicache-ext[gds]"),
         ("auto", Decision(Mode.STAGING, "no CUDA driver"), Level.WARNING, "nvidia-smi"),
+        ("compatibility", Decision(Mode.STAGING, NO_STREAM), Level.WARNING, "way: calls"),
     ],
 )
 def test_a_decision_becomes_a_finding(mode: str, decision: Decision, level: Level, fix: str) -> None:

@@ -14,10 +14,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from storage_backends.gds import volume
+from storage_backends.gds.decision import NO_STREAM
 
 pytest.importorskip("torch")
 pytest.importorskip("hicache_ext._cuda", reason="not built")
@@ -47,12 +49,27 @@ _EVERYWHERE = [
 ]
 #: Libraries that are there, what goes wrong with the driver and with cuFile -> cases.
 MACHINES: dict[tuple[str, str, str], list[str]] = {
-    ("cuda cufile", "kernels", ""): [*_EVERYWHERE, "the_way_that_is_taken", "the_way_that_is_asked_for"],
-    ("cuda cufile", "kernels", "nobatch"): [_EVERYWHERE[0], "a_slot_that_is_rewritten_in_mid_read_is_a_miss"],
-    ("cuda cufile", "kernels", "nobatch nostream"): [_EVERYWHERE[0]],
+    ("cuda cufile", "kernels", ""): [
+        *_EVERYWHERE,
+        "the_way_that_is_taken",
+        "the_way_that_is_asked_for",
+        "stream_order_is_for_true_gds_alone",
+    ],
+    ("cuda cufile", "kernels", "nobatch"): [_EVERYWHERE[0]],
     ("cuda cufile", "kernels", "noregister"): ["registered_memory_is_told_to_cufile"],
-    ("cuda cufile", "kernels", "direct"): ["modes_that_are_asked_for", "the_way_that_is_taken"],
-    ("cuda cufile", "kernels", "direct nobatch"): ["the_way_that_is_taken"],
+    ("cuda cufile", "kernels", "direct"): [
+        _EVERYWHERE[0],
+        "registered_memory_is_told_to_cufile",
+        "modes_that_are_asked_for",
+        "the_way_that_is_taken",
+    ],
+    ("cuda cufile", "kernels", "direct nobatch"): [  # in stream order
+        _EVERYWHERE[0],
+        "a_slot_that_is_rewritten_in_mid_read_is_a_miss",
+        "a_stream_in_error",
+        "the_way_that_is_taken",
+    ],
+    ("cuda cufile", "kernels", "peer nobatch"): ["stream_order_is_for_true_gds_alone"],
     ("cuda cufile", "kernels", "direct nobatch nostream"): ["the_way_that_is_taken"],
     ("cuda cufile", "kernels", "direct nobatch alone"): ["the_way_that_is_taken"],
     ("cuda cufile", "kernels", "direct nobatch inner"): ["the_way_that_is_taken"],
@@ -189,20 +206,35 @@ print("ends")
         assert (done.returncode, done.stdout, done.stderr) == (0, "ends\n", "")
 
 
-def test_bench_goes_on_without_what_fails(libraries: dict[str, Path], tmp_path: Path) -> None:
+def _bench(libraries: dict[str, Path], cufile: str, tmp_path: Path) -> tuple[int, str, dict[str, Any]]:
+    """By calls and in stream order: exit code, what it said, what it wrote."""
     file = tmp_path / "gds.json"
     command = ["bench", "gds", "--path", tmp_path, "--size", "8MiB", "--page", "64KiB", "--rounds", "1", "--json", file]
     command += ["--way", "calls", "--way", "stream"]
     done = subprocess.run(
         [sys.executable, "-m", "hicache_ext.cli.main", *command], capture_output=True, text=True, timeout=120, cwd=ROOT,
-        env=_over(libraries, "tires"),
+        env=_over(libraries, cufile),
     )  # fmt: skip
     if "built without nvcc" in done.stderr:
         pytest.skip("built without nvcc: nothing is verified on a device")
-    assert done.returncode == 1, done.stderr
-    rows = {(row["subject"], row["op"]): row for row in json.loads(file.read_text())["rows"]}
+    return done.returncode, done.stdout + done.stderr, json.loads(file.read_text())
+
+
+def test_bench_goes_on_without_a_way_that_is_not_to_be_had(libraries: dict[str, Path], tmp_path: Path) -> None:
+    code, text, result = _bench(libraries, "", tmp_path)
+    assert code == 0, text
+    assert {row["subject"] for row in result["rows"]} == {"staging", "o_direct", "ours-calls", "cufile-calls"}
+    assert all(row["gb_per_s"] for row in result["rows"])
+    assert result["gds"]["stream"] == NO_STREAM
+    assert f"stream: {NO_STREAM}" in text
+
+
+def test_bench_goes_on_without_what_fails(libraries: dict[str, Path], tmp_path: Path) -> None:
+    code, text, result = _bench(libraries, "direct tires", tmp_path)
+    assert code == 1, text
+    rows = {(row["subject"], row["op"]): row for row in result["rows"]}
     failed = {subject for subject, op in rows if rows[subject, op]["gb_per_s"] is None}
     assert failed == {"ours-stream", "cufile-stream"}
     assert {subject for subject, _ in rows} - failed == {"staging", "o_direct", "ours-calls", "cufile-calls"}
     assert "ours-stream: not every page arrived" in rows["ours-stream", "read"]["failed"]
-    assert "bench gds: ours-stream, pages of 64 KiB: ours-stream: not every page arrived" in done.stderr
+    assert "bench gds: ours-stream, pages of 64 KiB: ours-stream: not every page arrived" in text
