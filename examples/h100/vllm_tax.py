@@ -5,7 +5,7 @@
     plain       no connector                            ours        HiCacheConnector, a tier in memory
     idle        one that does nothing at all            reads       the same, which stores nothing
     offloading  vLLM's own OffloadingConnector          through     ours, and behind it files in memory, which get a
-                                                                    copy of every page
+                                                                    copy of every page: saves go through the host
 
 All are one model (Llama-3.1-8B's shape, vLLM's dummy weights) on one GPU, each in a process of its own, started side by
 side. One at a time has its turn, round after round, so that whatever drifts drifts for all: prompts that no cache has,
