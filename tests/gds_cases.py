@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from storage_backends.base import Dispatcher, Outcome
+from storage_backends.base import Backend, Dispatcher, Outcome
 from storage_backends.format import SlotHeader
 from storage_backends.gds import GdsBackend
 from storage_backends.gds.slots import DeviceSlots
@@ -107,8 +107,14 @@ def both_routes_read_what_either_wrote(folder: Path, device: OnDevice, **options
 
 
 def bytes_around_a_page_are_left_alone(folder: Path, device: OnDevice) -> None:
-    keys = chain("one", 2)
-    backend, pool = opened(folder), device(namespace((70272,)), 3)
+    backend = opened(folder)
+    leaves_bytes_around_a_page_alone(backend, device)
+    backend.close()
+
+
+def leaves_bytes_around_a_page_alone(backend: Backend, device: OnDevice) -> None:
+    """Of any tier that moves pages of a device."""
+    keys, pool = chain("one", 2), device(namespace((70272,)), 3)
     assert backend.write(pool.write_batch(keys)).result(30) == [Outcome.HIT] * 2
     pool.poison()
     assert backend.read(pool.batch(keys, pages=[0, 2])).result(30) == [Outcome.HIT] * 2
@@ -118,7 +124,6 @@ def bytes_around_a_page_are_left_alone(folder: Path, device: OnDevice) -> None:
     assert (pool.bytes[70272:step] == 0xEE).all(), "bytes behind a page were written to"
     assert pool.right(0, keys[0])
     assert pool.right(2, keys[1])
-    backend.close()
 
 
 def a_flipped_byte_is_never_served(folder: Path, device: OnDevice) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from storage_backends.base import Dispatcher, Outcome
 from storage_backends.memory import MemoryBackend
-from tests.gds_cases import LENGTHS, OnDevice, read
+from tests.gds_cases import LENGTHS, OnDevice, leaves_bytes_around_a_page_alone, read
 from tests.pages import HostPool, chain, content, namespace
 
 MIB = 1 << 20
@@ -75,17 +75,8 @@ def regions_are_shared_with_who_reaches_no_device(device: OnDevice, folder: Any)
 
 
 def bytes_around_a_page_are_left_alone(device: OnDevice) -> None:
-    keys, pool = chain("one", 2), device(namespace((70272,)), 3)
     with opened() as backend:
-        assert write(backend, pool, keys) == [Outcome.HIT] * 2
-        pool.poison()
-        assert backend.read(pool.batch(keys, pages=[0, 2])).result(30) == [Outcome.HIT] * 2
-        pool.pull()
-        step = -(-70272 // 4096) * 4096
-        assert (pool.bytes[step : 2 * step] == 0xEE).all(), "the page between was written to"
-        assert (pool.bytes[70272:step] == 0xEE).all(), "bytes behind a page were written to"
-        assert pool.right(0, keys[0])
-        assert pool.right(2, keys[1])
+        leaves_bytes_around_a_page_alone(backend, device)
 
 
 def a_flipped_byte_is_never_served(device: OnDevice) -> None:
